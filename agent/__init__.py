@@ -1,0 +1,1 @@
+"""The control plane: CLI, daemon and fleet link."""

@@ -1,0 +1,1 @@
+"""Hand-written kernels, compiled ahead of time for a compute capability."""

@@ -1,0 +1,1 @@
+"""What happens per request: server, scheduler, KV cache, sampling parameters."""
