@@ -78,9 +78,7 @@ class SamplingParams:
         self._check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
         self._check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "1 or more")
         self._check(self.min_tokens >= 0, "min_tokens", "0 or more")
-        self._check(
-            self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens"
-        )
+        self._check(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens")
         self._check(
             self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
             "logprobs",
