@@ -164,7 +164,7 @@ def _too_old(capability: tuple[int, int], driver: _Driver) -> str | None:
     if capability < MINIMUM_COMPUTE_CAPABILITY:
         return f"its compute capability is {capability[0]}.{capability[1]}; farrier needs 8.0 or higher"
     if driver.cuda is not None and driver.cuda < MINIMUM_CUDA:
-        return f"driver {driver.version} supports CUDA {driver.cuda[0]}.{driver.cuda[1]}; {_INSTALL} (CUDA 12.0)"
+        return f"driver {driver.version} supports CUDA only up to {driver.cuda[0]}.{driver.cuda[1]}; {_INSTALL}"
     return None
 
 
