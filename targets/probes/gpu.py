@@ -65,9 +65,9 @@ def probe_gpus(
     try:
         nvml.call("nvmlInit")
     except nv.NvmlError as error:
-        labels = [gpu.label for gpu in pci] or ["NVIDIA GPU"]
-        reasons = [_init_failure(error, gpu.driver, module) for gpu in pci] or [_init_failure(error, None, module)]
-        return [], [UnusableDevice(label, reason) for label, reason in zip(labels, reasons, strict=True)]
+        if not pci:
+            return [], [UnusableDevice("NVIDIA GPU", _init_failure(error, None, module))]
+        return [], [UnusableDevice(gpu.label, _init_failure(error, gpu.driver, module)) for gpu in pci]
     try:
         return _enumerate(nvml, cpu, memory, pci, module)
     finally:
@@ -119,7 +119,7 @@ def _targets_of(
     targets = []
     for handle in handles:
         product = nvml.call("nvmlDeviceGetName", handle)
-        size = nv.query(nvml, "nvmlDeviceGetMemoryInfo", handle)  # not supported where memory is the host's
+        size = _own_memory(nvml, handle)
         targets.append(
             Target(
                 name=_target_name(capability, product),
@@ -138,6 +138,16 @@ def _targets_of(
             )
         )
     return targets
+
+
+def _own_memory(nvml: nv.Nvml, handle: Any) -> Any | None:
+    """NVML's total and free bytes, or None for a GPU that shares the host's memory: it has no such query."""
+    try:
+        return nvml.call("nvmlDeviceGetMemoryInfo", handle)
+    except nv.NvmlError as error:
+        if error.code != nv.NOT_SUPPORTED:
+            raise
+        return None
 
 
 def _mig_slices(nvml: nv.Nvml, gpu: Any) -> list[Any]:

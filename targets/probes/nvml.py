@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 # The return codes detection tells apart, and one constant; nvml.h fixes these numbers.
+NOT_SUPPORTED = 3
 NO_PERMISSION = 4
 DRIVER_NOT_LOADED = 9
 LIBRARY_NOT_FOUND = 12
