@@ -1,0 +1,128 @@
+"""Runs an engine on the CPU through OpenVINO."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from farrier.targets.engine import Batch, EngineConfig, Int32, KvMemory, StepResult
+from farrier.targets.errors import EngineError, InsufficientResourcesError
+from farrier.targets.openvino.attention import Attention, attention_for
+from farrier.targets.openvino.graph import build_graph
+from farrier.targets.openvino.weights import EngineWeights
+from farrier.targets.sampling import sample
+from farrier.targets.tensorfile import TensorFile
+
+ENGINE_FILE = "rank0.engine"
+
+
+def compile_options(config: EngineConfig) -> dict[str, Any]:
+    """Plugin settings for an engine; part of what was decided at build time."""
+    options: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "bf16" if config.kv_dtype == "bf16" else "f32",
+        "KV_CACHE_PRECISION": config.kv_dtype,
+    }
+    if config.precision in ("int8", "int4"):
+        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 128
+    return options
+
+
+class OpenVinoEngine:
+    """The engine contract over one OpenVINO infer request. `load` maps and compiles; see `farrier.targets.engine`."""
+
+    def __init__(self, config: EngineConfig, file: TensorFile, attention: Attention, compiled: ov.CompiledModel) -> None:
+        self._config = config
+        self._file: TensorFile | None = file
+        self._attention = attention
+        self._compiled = compiled
+        self._request = compiled.create_infer_request()
+        self._pending: _Handle | None = None
+        self._allocated = False
+
+    @classmethod
+    def load(cls, path: Path, config: EngineConfig) -> "OpenVinoEngine":
+        file = TensorFile.open(path / ENGINE_FILE)
+        attention = attention_for(config.spec)
+        try:
+            model = build_graph(config.spec, EngineWeights(file.tensors), attention, config.ceilings.max_seq_len)
+            with file.trimmed():
+                compiled = ov.Core().compile_model(model, "CPU", compile_options(config))
+        except (RuntimeError, KeyError) as error:
+            raise EngineError(f"OpenVINO cannot compile the engine in {path}: {error}") from error
+        return cls(config, file, attention, compiled)
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._config
+
+    def memory(self) -> KvMemory:
+        from farrier.targets.detect import detect, select_target
+        from farrier.targets.target import memory_budget
+
+        per_block = self._attention.bytes_per_block(self._compiled)
+        return KvMemory(per_block, memory_budget(select_target(detect(), "cpu")) // per_block)
+
+    def allocate(self, num_blocks: int) -> None:
+        if self._allocated:
+            raise EngineError("The KV pool is already allocated; load the engine again for another size.")
+        try:
+            self._attention.bind(self._compiled, self._request, num_blocks)
+        except (RuntimeError, MemoryError) as error:
+            raise InsufficientResourcesError(
+                f"A KV pool of {num_blocks} blocks does not fit into memory; ask for fewer."
+            ) from error
+        self._allocated = True
+
+    def step(self, batch: Batch) -> "_Handle":
+        token_ids = self._resolve(batch.token_ids)
+        inputs = {"token_ids": token_ids, "positions": batch.positions, "sample_rows": batch.sample_rows}
+        inputs |= self._attention.inputs(batch)
+        # The request reads these arrays while it runs: the handle keeps them alive.
+        tensors = {name: ov.Tensor(np.ascontiguousarray(array), shared_memory=True) for name, array in inputs.items()}
+        for name, tensor in tensors.items():
+            self._request.set_tensor(name, tensor)
+        self._request.start_async()
+        self._pending = _Handle(self._request, self._attention, batch, tensors)
+        return self._pending
+
+    def _resolve(self, token_ids: Int32) -> Int32:
+        """Replaces references to the previous step's samples by what it sampled."""
+        references = token_ids < 0
+        if not references.any():
+            return token_ids
+        if self._pending is None:
+            raise EngineError("The first step cannot refer to a previous one.")
+        resolved = token_ids.copy()
+        resolved[references] = self._pending.wait().token_ids[-1 - token_ids[references]]
+        return resolved
+
+    def close(self) -> None:
+        if self._file is not None:
+            # Order matters: constants of the compiled model lie in the mapping.
+            del self._request, self._compiled
+            self._file.close()
+            self._file = None
+
+
+class _Handle:
+    def __init__(self, request: ov.InferRequest, attention: Attention, batch: Batch, tensors: dict[str, Any]) -> None:
+        self._request = request
+        self._attention = attention
+        self._batch = batch
+        self._tensors = tensors
+        self._result: StepResult | None = None
+
+    def wait(self) -> StepResult:
+        if self._result is None:
+            try:
+                self._request.wait()
+            except RuntimeError as error:
+                raise EngineError(f"OpenVINO failed while running a step: {error}") from error
+            self._attention.after(self._batch)
+            logits = self._request.get_tensor("logits").data
+            self._result = sample(logits, self._batch.sampling)
+            self._tensors.clear()
+        return self._result
