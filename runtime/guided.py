@@ -1,0 +1,98 @@
+"""Guided decoding through llguidance: a grammar becomes, at each position, the set of tokens allowed next."""
+
+import json
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLTokenizer
+
+from farrier.runtime.sampling_params import GuidedDecoding
+from farrier.targets.errors import EngineError, RequestError
+
+JSON_WHITESPACE = r"[ \t\r\n]{1,32}"
+"""Between two JSON tokens: enough to indent with, but a model cannot write whitespace for ever."""
+
+
+class MatcherGuide:
+    """Implements `farrier.runtime.request.Guide`. Holds the state of one output; not thread-safe."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._last_word = np.uint32((1 << (vocab_size % 32 or 32)) - 1)
+
+    @property
+    def is_finished(self) -> bool:
+        """The grammar is complete and nothing may follow but the end."""
+        finished: bool = self._matcher.is_stopped()
+        return finished
+
+    def fill_mask(self, row: npt.NDArray[np.uint32]) -> None:
+        """Writes the tokens allowed next as bits, little end first, `[ceil(vocab / 32)]`.
+
+        Raises RequestError when the grammar turns out too complex to follow.
+        """
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        if self._matcher.is_error():
+            raise RequestError(f"The grammar is too complex: {_sentence(self._matcher.get_error())}", param="guided")
+        row[:] = mask[: len(row)]
+        row[-1] &= self._last_word
+
+    def accept(self, token_id: int) -> None:
+        """`token_id` was sampled. Raises EngineError when the mask did not allow it."""
+        if not self._matcher.consume_token(token_id):
+            raise EngineError(f"Token {token_id} breaks the grammar: {_sentence(self._matcher.get_error())}")
+
+
+class GrammarCompiler:
+    """Makes guides for one tokenizer. Expensive to make (it indexes the vocabulary); thread-safe.
+
+    tokenizer_json: the text of a tokenizer.json. tokenizer_size: one more than its highest token id.
+    eos_token_ids: allowed wherever the grammar may end. vocab_size: number of the model's logits.
+    """
+
+    def __init__(
+        self, tokenizer_json: str, tokenizer_size: int, eos_token_ids: tuple[int, ...], vocab_size: int
+    ) -> None:
+        if not eos_token_ids:
+            raise EngineError("Guided decoding needs a model with an end-of-text token, and this one names none.")
+        self._vocab_size = vocab_size
+        self._tokenizer = LLTokenizer(
+            tokenizer_json, n_vocab=max(vocab_size, tokenizer_size), eos_token=list(eos_token_ids)
+        )
+
+    def guide(self, params: GuidedDecoding) -> MatcherGuide:
+        """Raises RequestError naming the field that does not compile."""
+        field, grammar = _grammar(params)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise RequestError(f"{field} is not valid: {_sentence(matcher.get_error())}", param=field)
+        return MatcherGuide(matcher, self._vocab_size)
+
+
+def _grammar(params: GuidedDecoding) -> tuple[str, str]:
+    """The request field that constrains, and its grammar in llguidance's own format."""
+    if params.json_schema is not None:
+        return "guided_json", _json_grammar(params.json_schema)
+    if params.json_object:
+        return "guided_json", _json_grammar({"type": "object"})
+    if params.regex is not None:
+        return "guided_regex", LLMatcher.grammar_from_regex(params.regex)
+    if params.grammar is not None:
+        return "guided_grammar", LLMatcher.grammar_from_lark(params.grammar)
+    assert params.choice is not None
+    alternatives = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in params.choice)
+    return "guided_choice", LLMatcher.grammar_from_lark(f"start: {alternatives}")
+
+
+def _json_grammar(schema: dict[str, object]) -> str:
+    grammar: str = LLMatcher.grammar_from_json_schema(
+        json.dumps(schema, ensure_ascii=False), overrides={"whitespace_pattern": JSON_WHITESPACE}
+    )
+    return grammar
+
+
+def _sentence(message: str) -> str:
+    """The gist of llguidance's message, which may be many lines with a drawing of the place."""
+    lines = [line.strip() for line in message.splitlines()]
+    gist = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
+    return gist.rstrip(".:") + "."
