@@ -81,7 +81,7 @@ class OpenVinoEngine:
         inputs = {"token_ids": token_ids, "positions": batch.positions, "sample_rows": batch.sample_rows}
         inputs |= self._attention.inputs(batch)
         # The request reads these arrays while it runs: the handle keeps them alive.
-        tensors = {name: ov.Tensor(np.ascontiguousarray(array), shared_memory=True) for name, array in inputs.items()}
+        tensors = {name: ov.Tensor(np.asarray(array, order="C"), shared_memory=True) for name, array in inputs.items()}
         for name, tensor in tensors.items():
             self._request.set_tensor(name, tensor)
         self._request.start_async()
