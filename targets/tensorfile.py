@@ -6,9 +6,10 @@ is a writer that never holds more than one tensor, and a map whose pages can be 
 
 import json
 import mmap
+import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -97,15 +98,15 @@ class TensorFile:
 
     def close(self) -> None:
         self.tensors = {}
-        try:
+        with suppress(BufferError):  # somebody still holds a view: the map goes with the last of them
             self._map.close()
-        except BufferError:  # somebody still holds a view: the map goes with the last of them
-            pass
 
     def __enter__(self) -> "TensorFile":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -208,9 +209,9 @@ class TensorWriter:
     def __enter__(self) -> "TensorWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        import os
-
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with self._file:
             if kind is None:
                 missing = next(self._pending, None)

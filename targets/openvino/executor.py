@@ -33,7 +33,9 @@ def compile_options(config: EngineConfig) -> dict[str, Any]:
 class OpenVinoEngine:
     """The engine contract over one OpenVINO infer request. `load` maps and compiles; see `farrier.targets.engine`."""
 
-    def __init__(self, config: EngineConfig, file: TensorFile, attention: Attention, compiled: ov.CompiledModel) -> None:
+    def __init__(
+        self, config: EngineConfig, file: TensorFile, attention: Attention, compiled: ov.CompiledModel
+    ) -> None:
         self._config = config
         self._file: TensorFile | None = file
         self._attention = attention

@@ -26,7 +26,7 @@ class Weights(Protocol):
 
 
 def build_graph(spec: DecoderSpec, weights: Weights, attention: Attention, max_seq_len: int) -> ov.Model:
-    """The model: `token_ids`, `positions` `[T]`, `sample_rows` `[S]` and what `attention` declares → `logits` `[S, vocab]`."""
+    """`token_ids` `[T]`, `positions` `[T]`, `sample_rows` `[S]` and what `attention` declares → `logits` `[S, vocab]` f32."""
     return _Walk(spec, weights, attention, max_seq_len).model()
 
 
@@ -122,7 +122,9 @@ class _Walk:
     def _rotate(self, x: Any, rope: tuple[Any, Any], rotary_dim: int) -> Any:
         """x `[T, heads, 1, head_dim]`. The plugin fuses this chain into one RoPE kernel; it wants axis 3 spelled so."""
         if rotary_dim != self._spec.head_dim:
-            turning, still = ops.variadic_split(x, _axis(3), _ints(rotary_dim, self._spec.head_dim - rotary_dim)).outputs()
+            turning, still = ops.variadic_split(
+                x, _axis(3), _ints(rotary_dim, self._spec.head_dim - rotary_dim)
+            ).outputs()
             return ops.concat([self._rotate_whole(turning, rope, rotary_dim), still], -1)
         return self._rotate_whole(x, rope, rotary_dim)
 
@@ -142,13 +144,10 @@ class _Walk:
         return self._linear(ops.multiply(self._activate(gate), up), prefix + "down")
 
     def _experts(self, prefix: str, x: Any) -> Any:
-        """Mixture of experts over `[T, hidden]`.
-
-        Written as every expert over every token, scattered routing weights deciding what counts: the form the
-        plugin recognizes and replaces by products over the chosen experts only.
-        """
+        """Mixture of experts over `[T, hidden]`: every expert over every token, and scattered routing weights decide
+        what counts. Exact, but it computes experts nobody chose."""
         assert self._spec.experts is not None
-        experts, hidden = self._spec.experts, self._spec.hidden_size
+        experts = self._spec.experts
         logits = ops.matmul(x, self._weights.matrix(prefix + "router.weight"), False, True)
         routing = ops.softmax(logits, -1)
         top = ops.topk(routing, _axis(experts.top_k), -1, "max", "value", "i32")
@@ -157,16 +156,10 @@ class _Walk:
             chosen = ops.divide(chosen, ops.reduce_sum(chosen, _axis(-1), True)).output(0)
         zeros = ops.broadcast(_float(0.0), ops.shape_of(routing, "i32"))
         scattered = ops.scatter_elements_update(zeros, indices, chosen, _axis(1))
-        by_expert = ops.reshape(ops.transpose(scattered, _ints(1, 0)), _ints(experts.num_experts, 1, -1), False)
-        weight = ops.unsqueeze(by_expert, _axis(3))  # [E, 1, T, 1]
-
-        sequence = ops.unsqueeze(x, _axis(0))  # the pattern starts at rank 3
-        tokens = ops.reshape(sequence, _ints(-1, hidden), False)
-        tiled = ops.reshape(ops.tile(tokens, _ints(experts.num_experts, 1)), _ints(experts.num_experts, -1, hidden), False)
-        gate = ops.matmul(tiled, self._weights.matrix(prefix + "experts.gate.weight"), False, True)
-        up = ops.matmul(tiled, self._weights.matrix(prefix + "experts.up.weight"), False, True)
+        weight = ops.unsqueeze(ops.transpose(scattered, _ints(1, 0)), _axis(2))  # [E, T, 1]
+        tokens = ops.tile(ops.unsqueeze(x, _axis(0)), _ints(experts.num_experts, 1, 1))  # [E, T, hidden]
+        gate = ops.matmul(tokens, self._weights.matrix(prefix + "experts.gate.weight"), False, True)
+        up = ops.matmul(tokens, self._weights.matrix(prefix + "experts.up.weight"), False, True)
         down = self._weights.matrix(prefix + "experts.down.weight")
         out = ops.matmul(ops.multiply(self._activate(gate), up), down, False, True)  # [E, T, hidden]
-        out = ops.reshape(out, _ints(experts.num_experts, 1, -1, hidden), False)
-        mixed = ops.reduce_sum(ops.multiply(out, weight), _axis(0), False)  # [1, T, hidden]
-        return ops.reshape(mixed, _ints(-1, hidden), False)
+        return ops.reduce_sum(ops.multiply(out, weight), _axis(0), False)
