@@ -1,7 +1,5 @@
 """Guided decoding through llguidance: a grammar becomes, at each position, the set of tokens allowed next."""
 
-import json
-
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLTokenizer
@@ -23,8 +21,7 @@ class MatcherGuide:
     @property
     def is_finished(self) -> bool:
         """The grammar is complete and nothing may follow but the end."""
-        finished: bool = self._matcher.is_stopped()
-        return finished
+        return self._matcher.is_stopped()
 
     def fill_mask(self, row: npt.NDArray[np.uint32]) -> None:
         """Writes the tokens allowed next as bits, little end first, `[ceil(vocab / 32)]`.
@@ -62,37 +59,46 @@ class GrammarCompiler:
 
     def guide(self, params: GuidedDecoding) -> MatcherGuide:
         """Raises RequestError naming the field that does not compile."""
-        field, grammar = _grammar(params)
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        field = _field(params)
+        try:
+            matcher = LLMatcher(self._tokenizer, _grammar(params), log_level=0)
+        except ValueError as error:  # text that is not valid Unicode; everything else is reported by the matcher
+            raise RequestError(f"{field} is not valid: {error}.", param=field) from error
         if matcher.is_error():
             raise RequestError(f"{field} is not valid: {_sentence(matcher.get_error())}", param=field)
         return MatcherGuide(matcher, self._vocab_size)
 
 
-def _grammar(params: GuidedDecoding) -> tuple[str, str]:
-    """The request field that constrains, and its grammar in llguidance's own format."""
-    if params.json_schema is not None:
-        return "guided_json", _json_grammar(params.json_schema)
-    if params.json_object:
-        return "guided_json", _json_grammar({"type": "object"})
+def _field(params: GuidedDecoding) -> str:
+    """The name of the one field that constrains, as requests call it."""
+    if params.json_schema is not None or params.json_object:
+        return "guided_json"
     if params.regex is not None:
-        return "guided_regex", LLMatcher.grammar_from_regex(params.regex)
+        return "guided_regex"
+    return "guided_grammar" if params.grammar is not None else "guided_choice"
+
+
+def _grammar(params: GuidedDecoding) -> str:
+    """In llguidance's own format."""
+    if params.regex is not None:
+        return LLMatcher.grammar_from_regex(params.regex)
     if params.grammar is not None:
-        return "guided_grammar", LLMatcher.grammar_from_lark(params.grammar)
-    assert params.choice is not None
-    alternatives = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in params.choice)
-    return "guided_choice", LLMatcher.grammar_from_lark(f"start: {alternatives}")
-
-
-def _json_grammar(schema: dict[str, object]) -> str:
-    grammar: str = LLMatcher.grammar_from_json_schema(
-        json.dumps(schema, ensure_ascii=False), overrides={"whitespace_pattern": JSON_WHITESPACE}
+        return LLMatcher.grammar_from_lark(params.grammar)
+    if params.choice is not None:
+        return LLMatcher.grammar_from_regex("|".join(map(_escape, params.choice)))
+    return LLMatcher.grammar_from_json_schema(
+        params.json_schema if params.json_schema is not None else {"type": "object"},
+        overrides={"whitespace_pattern": JSON_WHITESPACE},
     )
-    return grammar
+
+
+def _escape(text: str) -> str:
+    """A regex that matches `text` only; every character but plain letters and digits by number."""
+    return "".join(char if char.isascii() and char.isalnum() else f"\\x{{{ord(char):x}}}" for char in text)
 
 
 def _sentence(message: str) -> str:
     """The gist of llguidance's message, which may be many lines with a drawing of the place."""
-    lines = [line.strip() for line in message.splitlines()]
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
     gist = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
     return gist.rstrip(".:") + "."
