@@ -6,7 +6,9 @@ from typing import Protocol, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from farrier.runtime.block_pool import ROOT
 from farrier.runtime.sampling_params import SamplingParams
+from farrier.targets.errors import RequestError
 
 
 class TokensPrompt(TypedDict):
@@ -66,6 +68,7 @@ class Sequence:
         "guide",
         "index",
         "is_finished",
+        "is_running",
         "mask",
         "max_len",
         "num_cached_tokens",
@@ -76,6 +79,7 @@ class Sequence:
         "params",
         "prefix_id",
         "request_id",
+        "root",
         "seed",
         "stop_ids",
         "tokens",
@@ -108,22 +112,40 @@ class Sequence:
         self.detokenizer = detokenizer
         self.guide = guide
         self.mask: npt.NDArray[np.uint32] | None = None
-        """Tokens allowed next, when there is a guide."""
+        """Tokens allowed next, as bits, when there is a guide."""
 
         self.order = (params.priority, 0, index)
         """Who goes first: priority, arrival, index. The scheduler fills in the arrival."""
+        self.is_running = False
+        """Holds blocks."""
+        self.is_finished = False
         self.num_computed = 0
         self.block_ids = array("i")
         self.num_published = 0
         """Leading blocks that other sequences may share."""
-        self.prefix_id = 0
-        """Stands for everything in the first `num_published` blocks; see BlockPool."""
+        self.root = self.prefix_id = ROOT
+        """Prefix ids (see BlockPool) of the empty prefix and of what the published blocks hold."""
         self.num_cached_tokens = 0
+        """Prompt tokens found in the prefix cache at its first start."""
         self.was_started = False
-        self.is_finished = False
         self.followers: list[Sequence] = []
         """The request's other outputs, which start once this one has computed the prompt they share."""
 
     @property
     def num_output_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
+
+    def update_mask(self, vocab_size: int) -> None:
+        """Asks the guide which tokens may come next. Raises RequestError when none may."""
+        if self.guide is None:
+            return
+        if self.mask is None:
+            self.mask = np.zeros(-(-vocab_size // 32), np.uint32)
+        self.guide.fill_mask(self.mask)
+        if self.num_output_tokens < self.params.min_tokens:
+            for token_id in self.stop_ids:
+                self.mask[token_id >> 5] &= np.uint32(0xFFFFFFFF ^ (1 << (token_id & 31)))
+        if not self.mask.any():
+            raise RequestError(
+                "The guided output can go on with no token; check its grammar and min_tokens.", param="guided"
+            )

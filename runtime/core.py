@@ -1,0 +1,202 @@
+"""The engine core: schedule, step, append, finish. One thread calls it; it knows neither clock nor network."""
+
+from dataclasses import dataclass
+
+from farrier.runtime.batch import BatchPacker, token_logprobs
+from farrier.runtime.block_pool import BlockPool
+from farrier.runtime.outputs import CoreStats, Delta, FinishReason
+from farrier.runtime.request import Sequence
+from farrier.runtime.scheduler import CapacityPolicy, Scheduler
+from farrier.targets.engine import Engine, StepResult
+from farrier.targets.errors import EngineError, FarrierError, RequestError
+from farrier.targets.sampling import NO_TOKEN
+
+
+@dataclass(frozen=True)
+class CoreOptions:
+    """num_blocks: how many KV blocks the engine was told to allocate."""
+
+    num_blocks: int
+    capacity_policy: CapacityPolicy = "guaranteed_no_evict"
+    enable_prefix_caching: bool = True
+
+
+class EngineCore:
+    """Runs sequences on an engine whose KV pool is allocated. `failure` is set once the engine has failed: every
+    request has ended by then, and no other is taken."""
+
+    def __init__(self, engine: Engine, options: CoreOptions) -> None:
+        self.engine = engine
+        config = engine.config
+        pool = BlockPool(options.num_blocks, config.block_size)
+        self.scheduler = Scheduler(
+            pool, config.ceilings, options.capacity_policy, enable_prefix_caching=options.enable_prefix_caching
+        )
+        self.failure: EngineError | None = None
+        self._packer = BatchPacker(config.spec.vocab_size, config.block_size)
+        self._vocab_size = config.spec.vocab_size
+        self._requests: dict[str, list[Sequence]] = {}
+        self._num_steps = 0
+        self._generation_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    @property
+    def num_waiting(self) -> int:
+        return self.scheduler.num_waiting
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """Enqueues the outputs of one request. RequestError if its id is taken, EngineError after a failure."""
+        if self.failure is not None:
+            raise self.failure
+        request_id = sequences[0].request_id
+        if request_id in self._requests:
+            raise RequestError(f"A request {request_id!r} is already under way; ids must differ.", param="request_id")
+        self.scheduler.add(sequences)
+        self._requests[request_id] = sequences
+
+    def abort(self, request_id: str) -> list[Delta]:
+        """Ends what is left of a request, in whatever state it is. Nothing happens if it is over or unknown."""
+        return self._end(request_id, "abort", None)
+
+    def abort_all(self) -> list[Delta]:
+        return [delta for request_id in list(self._requests) for delta in self.abort(request_id)]
+
+    def step(self) -> list[Delta]:
+        """Runs one iteration. A failing engine ends every request with an error; it never raises."""
+        try:
+            plan = self.scheduler.schedule()
+            batch, sampled = self._packer.pack(plan)
+            result = self.engine.step(batch).wait()
+        except Exception as error:
+            return self.fail(error)
+        self.scheduler.commit(plan)
+        self._num_steps += 1
+        return self._unpack(sampled, result)
+
+    def fail(self, error: Exception) -> list[Delta]:
+        """Declares the engine dead because of `error` and ends every request."""
+        if not isinstance(error, EngineError):
+            cause = error
+            error = EngineError(f"The engine failed while running ({cause}); start it again.", code="engine_failed")
+            error.__cause__ = cause
+        self.failure = error
+        unfinished = [s for sequences in self._requests.values() for s in sequences if not s.is_finished]
+        self._requests.clear()
+        self.scheduler.clear()
+        return last_deltas(unfinished, "error", error)
+
+    def check_idle(self) -> None:
+        """Raises RuntimeError if KV blocks leaked; to be called when there is no work."""
+        if self.failure is None:
+            self.scheduler.check_idle()
+
+    def stats(self) -> CoreStats:
+        """May be called from any thread: it only reads numbers."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        return CoreStats(
+            num_running=len(scheduler.running),
+            num_waiting=scheduler.num_waiting,
+            num_kv_blocks=pool.num_blocks,
+            kv_cache_usage=1 - pool.num_free / pool.num_blocks,
+            steps=self._num_steps,
+            num_preemptions=scheduler.num_preemptions,
+            prompt_tokens=scheduler.prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            prefix_cache_queries=scheduler.prefix_queries,
+            prefix_cache_hits=scheduler.prefix_hits,
+        )
+
+    def _unpack(self, sampled: list[Sequence], result: StepResult) -> list[Delta]:
+        deltas: list[Delta] = []
+        for row, (sequence, token_id) in enumerate(zip(sampled, result.token_ids.tolist(), strict=True)):
+            if sequence.is_finished:  # ended with its request, by an error of another output earlier in this loop
+                continue
+            try:
+                delta = self._advance(sequence, token_id)
+            except Exception as error:
+                deltas += self._end(sequence.request_id, "error", _as_farrier_error(error))
+                continue
+            if row in result.logprobs:
+                delta.logprobs = [token_logprobs(token_id, result.logprobs[row])]
+            deltas.append(delta)
+        self._generation_tokens += len(sampled)
+        return deltas
+
+    def _advance(self, sequence: Sequence, token_id: int) -> Delta:
+        """Appends a sampled token. Whatever the guide or the detokenizer raises is the caller's to handle."""
+        if token_id == NO_TOKEN:
+            raise EngineError("No token could be sampled: the logits are not finite, or none is allowed.")
+        sequence.tokens.append(token_id)
+        reason: FinishReason | None = None
+        stop_reason: int | str | None = None
+        text = ""
+        is_stop_token = token_id in sequence.stop_ids
+        if is_stop_token:
+            reason = "stop"
+            stop_reason = token_id if token_id in sequence.params.stop_token_ids else None
+        elif sequence.guide is not None:
+            sequence.guide.accept(token_id)
+            reason = "stop" if sequence.guide.is_finished else None
+        detokenizer = sequence.detokenizer
+        if detokenizer is not None and (not is_stop_token or sequence.params.include_stop_str_in_output):
+            text = detokenizer.append([token_id])
+            if detokenizer.stopped_by is not None:
+                reason, stop_reason = "stop", detokenizer.stopped_by
+        if reason is None and len(sequence.tokens) >= sequence.max_len:
+            reason = "length"
+        if reason is None:
+            sequence.update_mask(self._vocab_size)
+        else:
+            if detokenizer is not None and detokenizer.stopped_by is None:
+                text += detokenizer.finish()
+            self._finish(sequence)
+        return _delta(sequence, text, [token_id], reason, stop_reason)
+
+    def _finish(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        if all(other.is_finished for other in self._requests[sequence.request_id]):
+            del self._requests[sequence.request_id]
+
+    def _end(self, request_id: str, reason: FinishReason, error: FarrierError | None) -> list[Delta]:
+        unfinished = [sequence for sequence in self._requests.pop(request_id, ()) if not sequence.is_finished]
+        for sequence in unfinished:
+            self.scheduler.remove(sequence)
+        return last_deltas(unfinished, reason, error)
+
+
+def last_deltas(sequences: list[Sequence], reason: FinishReason, error: FarrierError | None) -> list[Delta]:
+    """What tells that these sequences have ended without another token."""
+    return [_delta(sequence, "", [], reason, None, error) for sequence in sequences]
+
+
+def _delta(
+    sequence: Sequence,
+    text: str,
+    token_ids: list[int],
+    reason: FinishReason | None,
+    stop_reason: int | str | None,
+    error: FarrierError | None = None,
+) -> Delta:
+    return Delta(
+        sequence.request_id,
+        sequence.index,
+        text,
+        token_ids,
+        None if sequence.params.logprobs is None else [],
+        reason,
+        stop_reason,
+        sequence.num_prompt_tokens,
+        sequence.num_cached_tokens,
+        error,
+    )
+
+
+def _as_farrier_error(error: Exception) -> FarrierError:
+    if isinstance(error, FarrierError):
+        return error
+    wrapped = FarrierError(f"The request failed inside the runtime ({type(error).__name__}: {error}).")
+    wrapped.__cause__ = error
+    return wrapped
