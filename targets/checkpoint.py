@@ -1,0 +1,182 @@
+"""The unified checkpoint: `config.json` + `rank0.safetensors` with canonical names + `tokenizer/`.
+
+A weight `X.weight` that is quantized has its scales beside it as `X.scale` (see `farrier.targets.quantize`).
+With tied embeddings `lm_head.weight` is stored only where it differs from the table in how it is stored.
+"""
+
+import mmap
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import TypeAdapter, ValidationError
+
+from farrier.targets.decoder import DecoderSpec
+from farrier.targets.errors import CheckpointError
+from farrier.targets.quantize import Quantization, dequantize
+from farrier.targets.safetensors_file import read_header
+from farrier.targets.weight_stream import NUMPY_DTYPES, to_float32
+
+FORMAT_VERSION = 1
+"""Raised whenever older checkpoints would be read wrongly, or the same conversion would give other weights."""
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "rank0.safetensors"
+TOKENIZER_DIR = "tokenizer"
+
+StoredDtype = Literal["f32", "bf16", "f16", "int8", "int4"]
+"""How a tensor is stored: bf16 as bits in uint16, int4 as two in a uint8."""
+
+FLOATS: dict[str, StoredDtype] = {"F32": "f32", "BF16": "bf16", "F16": "f16"}
+"""safetensors' name of a type → ours."""
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """Over how many ranks the weights are spread: tensor, pipeline, expert parallel."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """`config.json` of a unified checkpoint: all that decides what its weights are."""
+
+    format_version: int
+    model: str
+    """The source's name."""
+    spec: DecoderSpec
+    precision: str
+    overrides: tuple[tuple[str, str], ...]
+    """(pattern, precision) as asked for, in order."""
+    quantization: dict[str, Quantization]
+    """Canonical name → how it is quantized; all others are floating-point."""
+    parallelism: Parallelism
+    sources: dict[str, str]
+    """File name → SHA-256 of every file of the source model that went in."""
+    eos_token_ids: tuple[int, ...]
+
+
+CONFIG = TypeAdapter(CheckpointConfig)
+
+
+def read_config(path: Path) -> CheckpointConfig:
+    """Reads the config of the checkpoint in directory `path`. Raises CheckpointError unless there is one."""
+    try:
+        config = CONFIG.validate_json((path / CONFIG_FILE).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} is not a farrier checkpoint: cannot read its {CONFIG_FILE}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise CheckpointError(f"{path / CONFIG_FILE} is not a farrier checkpoint's: {where}: {first['msg']}") from error
+    if config.format_version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is a checkpoint of format {config.format_version}, this farrier reads format {FORMAT_VERSION};"
+            " convert the model again"
+        )
+    return config
+
+
+def scale_name(name: str) -> str:
+    return name.removesuffix(".weight") + ".scale"
+
+
+def stored_tensors(
+    name: str, shape: tuple[int, ...], stored: Quantization | str
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name → safetensors dtype and shape of what a weight is stored as; `stored`: quantized so, or of that dtype."""
+    if isinstance(stored, str):
+        return {name: (stored, shape)}
+    rows, columns = shape
+    if stored.group_size is None:
+        return {name: ("I8", shape), scale_name(name): ("F32", (rows,))}
+    return {name: ("U8", (rows, columns // 2)), scale_name(name): ("F32", (rows, columns // stored.group_size))}
+
+
+class CheckpointReader:
+    """A checkpoint, mapped into memory. Raises CheckpointError unless it holds just what its spec calls for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_config(path)
+        self._tensors = read_header(path / WEIGHTS_FILE)
+        self._check()
+
+    @property
+    def spec(self) -> DecoderSpec:
+        return self.config.spec
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Canonical names of the weights, without scales; `lm_head.weight` is there only if it is stored."""
+        own = list(self.spec.tensors())
+        if self.spec.tied_embeddings and "lm_head.weight" in self._tensors:
+            own.append("lm_head.weight")
+        return tuple(own)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The logical shape: of an int4 weight `[N, K]`, though it is stored as `[N, K / 2]`."""
+        return self.spec.tensors()["embed.weight" if name == "lm_head.weight" else name]
+
+    def dtype(self, name: str) -> StoredDtype:
+        quantization = self.quantization(name)
+        return quantization.kind if quantization else FLOATS[self._tensors[name].dtype]
+
+    def quantization(self, name: str) -> Quantization | None:
+        return self.config.quantization.get(name)
+
+    def tensor(self, name: str) -> Array:
+        """What is stored, not copied and read-only: f32, f16, bf16 as uint16, int8, or int4 packed in uint8."""
+        return self._array(name)
+
+    def scale(self, name: str) -> npt.NDArray[np.float32]:
+        """The scales of quantized weight `name`: `[N]` of int8, `[N, K / group_size]` of int4."""
+        return self._array(scale_name(name))
+
+    def float32(self, name: str) -> npt.NDArray[np.float32]:
+        """The weight's values, a copy."""
+        stored, quantization = self.tensor(name), self.quantization(name)
+        if quantization is not None:
+            return dequantize(stored, self.scale(name), quantization)
+        return np.array(to_float32(stored, self._tensors[name].dtype))
+
+    @cached_property
+    def _mapping(self) -> mmap.mmap:
+        with (self.path / WEIGHTS_FILE).open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _array(self, name: str) -> Array:
+        info = self._tensors[name]
+        dtype = NUMPY_DTYPES[info.dtype]
+        count = (info.stop - info.start) // dtype.itemsize
+        return np.frombuffer(self._mapping, dtype, count, info.start).reshape(info.shape)
+
+    def _check(self) -> None:
+        file = self.path / WEIGHTS_FILE
+        expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name in self.names:
+            if name not in self._tensors:
+                raise CheckpointError(f"{file} lacks '{name}'")
+            dtype = self._tensors[name].dtype
+            expected |= stored_tensors(
+                name, self.shape(name), self.quantization(name) or (dtype if dtype in FLOATS else "F32")
+            )
+        found = {name: (info.dtype, info.shape) for name, info in self._tensors.items()}
+        for name in expected.keys() | found.keys():
+            if found.get(name) != expected.get(name):
+                raise CheckpointError(
+                    f"'{name}' in {file} is {_described(found.get(name))}, but {CONFIG_FILE} calls for"
+                    f" {_described(expected.get(name))}"
+                )
+
+
+def _described(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+    return "no tensor" if tensor is None else f"{tensor[0]} {list(tensor[1])}"

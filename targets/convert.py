@@ -1,0 +1,296 @@
+"""Hugging Face model directory → unified checkpoint, streamed: no tensor is ever whole in memory."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from farrier.targets.checkpoint import (
+    CONFIG,
+    CONFIG_FILE,
+    FLOATS,
+    FORMAT_VERSION,
+    TOKENIZER_DIR,
+    WEIGHTS_FILE,
+    CheckpointConfig,
+    CheckpointReader,
+    Parallelism,
+    scale_name,
+    stored_tensors,
+)
+from farrier.targets.decoder import DecoderSpec
+from farrier.targets.errors import BuildError, CheckpointError, InsufficientResourcesError
+from farrier.targets.hf_config import from_hf_config
+from farrier.targets.hf_weights import SourceRows, map_weights, read_json, source_tensors, weight_files
+from farrier.targets.precision import Precision, precisions
+from farrier.targets.quantize import (
+    DEFAULT_GROUP_SIZE,
+    SMALLEST_GROUP_SIZE,
+    Quantization,
+    group_size_for,
+    quantize,
+)
+from farrier.targets.safetensors_file import SafetensorsWriter
+from farrier.targets.weight_stream import blocks, cast, finite, to_float32
+from farrier.targets.workspace import publish, workspace
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes read so far and in all; the source is read twice, for its digest and for its weights."""
+
+_SAFETENSORS_DTYPES = {ours: theirs for theirs, ours in FLOATS.items()}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """`reused`: the checkpoint was already there. `warnings`: sentences for the user."""
+
+    path: Path
+    reused: bool
+    warnings: tuple[str, ...]
+
+
+def convert(
+    model_dir: Path,
+    out: Path,
+    *,
+    precision: str = "auto",
+    overrides: Mapping[str, str] | None = None,
+    group_size: int = DEFAULT_GROUP_SIZE,
+    max_seq_len: int | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Writes the unified checkpoint of the model in `model_dir` to the directory `out`.
+
+    `precision` and `overrides`: see `farrier.targets.precision.precisions`. `group_size` is that of int4: a power of
+    two from 32 on, halved for matrices whose columns it does not divide. `max_seq_len`: see `from_hf_config`.
+
+    `out` appears whole or not at all. The same conversion found there is reused; anything else is left alone and
+    refused. Raises CheckpointError and UnsupportedModelError about the model, BuildError about the options and
+    `out`, InsufficientResourcesError when the disk is full.
+    """
+    if group_size < SMALLEST_GROUP_SIZE or group_size & (group_size - 1):
+        raise BuildError(f"the group size must be a power of two from {SMALLEST_GROUP_SIZE} on, not {group_size}")
+    plan = _plan(model_dir, precision, overrides or {}, group_size, max_seq_len)
+    count = _Count(progress, plan.bytes_to_read)
+    config = _config(plan, count)
+    with _disk_errors(out), workspace(out) as partial:
+        reused = os.path.lexists(out)
+        if reused:
+            _refuse_unless_same(out, config)
+        else:
+            _write_weights(plan, partial / WEIGHTS_FILE, count)
+            _copy_tokenizer(model_dir, partial / TOKENIZER_DIR)
+            (partial / CONFIG_FILE).write_bytes(CONFIG.dump_json(config, indent=1))
+            publish(partial, out)
+    return Conversion(out, reused, _warnings(model_dir))
+
+
+def model_files(model_dir: Path) -> list[Path]:
+    """Every file of a Hugging Face model that goes into its checkpoint."""
+    others = (model_dir / name for name in ("config.json", "model.safetensors.index.json", *TOKENIZER_FILES))
+    return [*(path for path in others if path.is_file()), *weight_files(model_dir)]
+
+
+def file_digest(path: Path, read: Callable[[int], None] = lambda size: None) -> str:
+    """SHA-256 of a file, in hexadecimal; `read` is told the size of each piece."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    try:
+        with path.open("rb", buffering=0) as file:
+            while size := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:size])
+                read(size)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    model_dir: Path
+    spec: DecoderSpec
+    precision: str
+    overrides: Mapping[str, str]
+    sources: dict[str, SourceRows]
+    stored: dict[str, Quantization | str]
+    """Canonical name → quantization, or safetensors dtype, of every weight that is written."""
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def bytes_to_read(self) -> int:
+        weights = sum(self.sources[name].rows * self.sources[name].row_bytes for name in self.stored)
+        return weights + sum(path.stat().st_size for path in model_files(self.model_dir))
+
+
+class _Count:
+    """Tells `progress` how many bytes have been read."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._done, self._total = progress, 0, total
+
+    def add(self, size: int) -> None:
+        self._done += size
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _plan(
+    model_dir: Path, precision: str, overrides: Mapping[str, str], group_size: int, max_seq_len: int | None
+) -> _Plan:
+    hf_config = read_json(model_dir / "config.json")
+    spec = from_hf_config(hf_config, max_seq_len=max_seq_len)
+    sources = map_weights(spec, source_tensors(model_dir))
+    chosen = precisions(spec, precision, overrides)
+    stored = {name: _stored(name, source, chosen[name], group_size) for name, source in sources.items()}
+    if spec.tied_embeddings:
+        _check_tied(sources["embed.weight"], sources["lm_head.weight"])
+        if stored["lm_head.weight"] == stored["embed.weight"]:
+            del stored["lm_head.weight"]
+    return _Plan(model_dir, spec, precision, overrides, sources, stored, _eos_token_ids(model_dir, hf_config))
+
+
+def _stored(name: str, source: SourceRows, precision: Precision, group_size: int) -> Quantization | str:
+    if source.tensor.dtype not in FLOATS:
+        raise CheckpointError(
+            f"the weight '{name}' is stored as {source.tensor.dtype}; farrier converts from {', '.join(FLOATS)}"
+        )
+    if precision == "int8":
+        return Quantization("int8")
+    if precision == "int4":
+        size = group_size_for(source.columns, group_size)
+        if size is None:
+            raise BuildError(
+                f"int4 needs groups of at least {SMALLEST_GROUP_SIZE}, which do not divide the {source.columns}"
+                f" columns of '{name}'; add --override {name.removesuffix('.weight')}=int8"
+            )
+        return Quantization("int4", size)
+    return source.tensor.dtype if precision == "auto" else _SAFETENSORS_DTYPES[precision]
+
+
+def _check_tied(table: SourceRows, head: SourceRows) -> None:
+    """A model that says that both are one matrix must not store two."""
+    if table is head:
+        return
+    pairs = zip(blocks(table), blocks(head), strict=True)
+    if not all(
+        np.array_equal(to_float32(one, table.tensor.dtype), to_float32(other, head.tensor.dtype))
+        for (_, one), (_, other) in pairs
+    ):
+        raise CheckpointError(
+            "config.json says that the output layer is the embedding ('tie_word_embeddings'), but the model stores two"
+            " different ones; set tie_word_embeddings to false if both are meant"
+        )
+
+
+def _config(plan: _Plan, count: _Count) -> CheckpointConfig:
+    return CheckpointConfig(
+        format_version=FORMAT_VERSION,
+        model=_model_name(plan.model_dir),
+        spec=plan.spec,
+        precision=plan.precision,
+        overrides=tuple(plan.overrides.items()),
+        quantization={name: kind for name, kind in plan.stored.items() if isinstance(kind, Quantization)},
+        parallelism=Parallelism(),
+        sources={path.name: file_digest(path, count.add) for path in model_files(plan.model_dir)},
+        eos_token_ids=plan.eos_token_ids,
+    )
+
+
+def _model_name(model_dir: Path) -> str:
+    """The directory's name; in the Hugging Face cache, whose directories are named for commits, the repository's."""
+    path = model_dir.resolve()
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return path.name
+
+
+def _eos_token_ids(model_dir: Path, hf_config: dict[str, Any]) -> tuple[int, ...]:
+    """From generation_config.json, which wins, or config.json."""
+    path = model_dir / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    text = hf_config.get("text_config")
+    for config in (generation, hf_config, text):
+        stated = config.get("eos_token_id") if isinstance(config, dict) else None
+        if stated is not None:
+            ids = stated if isinstance(stated, list) else [stated]
+            if not all(type(token) is int and token >= 0 for token in ids):
+                raise CheckpointError(f"'eos_token_id' of {model_dir} must be token ids, not {stated!r}")
+            return tuple(ids)
+    return ()
+
+
+def _warnings(model_dir: Path) -> tuple[str, ...]:
+    if (model_dir / "tokenizer.json").is_file():
+        return ()
+    found = "only tokenizer.model" if (model_dir / "tokenizer.model").is_file() else "no tokenizer"
+    return (f"{model_dir} has {found}, not the tokenizer.json that farrier reads: it will serve token ids, not text",)
+
+
+def _copy_tokenizer(model_dir: Path, folder: Path) -> None:
+    folder.mkdir()
+    for name in TOKENIZER_FILES:
+        if (model_dir / name).is_file():
+            shutil.copyfile(model_dir / name, folder / name)
+
+
+def _refuse_unless_same(out: Path, config: CheckpointConfig) -> None:
+    try:
+        there = CheckpointReader(out).config
+    except CheckpointError as error:
+        raise BuildError(
+            f"{out} exists and is no whole checkpoint ({error}); remove it or choose another place"
+        ) from error
+    for field in fields(CheckpointConfig):
+        if getattr(there, field.name) != getattr(config, field.name):
+            raise BuildError(
+                f"{out} holds another conversion (its {field.name} differs); remove it or choose another place"
+            )
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InsufficientResourcesError(f"the disk that {out} is to be on is full; nothing was written") from error
+        raise BuildError(f"cannot write {out}: {error.strerror}") from error
+
+
+def _write_weights(plan: _Plan, path: Path, count: _Count) -> None:
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    shapes = plan.spec.tensors()
+    for name, stored in plan.stored.items():
+        tensors |= stored_tensors(name, shapes.get(name, shapes["embed.weight"]), stored)
+    with SafetensorsWriter(path, tensors) as writer:
+        for name, stored in plan.stored.items():
+            source = plan.sources[name]
+            for first_row, block in blocks(source):
+                if isinstance(stored, Quantization):
+                    values, scales = quantize(finite(name, to_float32(block, source.tensor.dtype)), stored)
+                    writer.write(name, first_row * values[0].nbytes, values)
+                    writer.write(scale_name(name), first_row * scales[:1].nbytes, scales)
+                else:
+                    data = (
+                        block
+                        if stored == source.tensor.dtype
+                        else cast(name, to_float32(block, source.tensor.dtype), stored)
+                    )
+                    writer.write(name, first_row * data[0].nbytes, data)
+                count.add(block.nbytes)
