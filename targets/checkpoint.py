@@ -4,7 +4,7 @@ A weight `X.weight` that is quantized has its scales beside it as `X.scale` (see
 With tied embeddings `lm_head.weight` is stored only where it differs from the table in how it is stored.
 """
 
-import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
-from farrier.targets.decoder import DecoderSpec
+from farrier.targets.decoder import DecoderSpec, is_projection
 from farrier.targets.errors import CheckpointError
 from farrier.targets.quantize import Quantization, dequantize
-from farrier.targets.safetensors_file import read_header
-from farrier.targets.weight_stream import NUMPY_DTYPES, to_float32
+from farrier.targets.tensorfile import Tensor, TensorFile
+from farrier.targets.weight_stream import to_float32
 
 FORMAT_VERSION = 1
 """Raised whenever older checkpoints would be read wrongly, or the same conversion would give other weights."""
@@ -107,74 +107,68 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_config(path)
-        self._tensors = read_header(path / WEIGHTS_FILE)
+        self._file = TensorFile.open(path / WEIGHTS_FILE)
         self._check()
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All that is stored, scales too, by name."""
+        return self._file.tensors
 
     @property
     def spec(self) -> DecoderSpec:
         return self.config.spec
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
-        """Canonical names of the weights, without scales; `lm_head.weight` is there only if it is stored."""
-        own = list(self.spec.tensors())
-        if self.spec.tied_embeddings and "lm_head.weight" in self._tensors:
-            own.append("lm_head.weight")
-        return tuple(own)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name → logical shape of every weight, without scales; an int4 weight `[N, K]` is stored as
+        `[N, K / 2]`. With tied embeddings `lm_head.weight` is there only if it is stored."""
+        shapes = self.spec.tensors()
+        if self.spec.tied_embeddings and "lm_head.weight" in self.tensors:
+            shapes["lm_head.weight"] = shapes["embed.weight"]
+        return shapes
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The logical shape: of an int4 weight `[N, K]`, though it is stored as `[N, K / 2]`."""
-        return self.spec.tensors()["embed.weight" if name == "lm_head.weight" else name]
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.shapes)
 
     def dtype(self, name: str) -> StoredDtype:
         quantization = self.quantization(name)
-        return quantization.kind if quantization else FLOATS[self._tensors[name].dtype]
+        return quantization.kind if quantization else FLOATS[self.tensors[name].dtype]
 
     def quantization(self, name: str) -> Quantization | None:
         return self.config.quantization.get(name)
 
     def tensor(self, name: str) -> Array:
         """What is stored, not copied and read-only: f32, f16, bf16 as uint16, int8, or int4 packed in uint8."""
-        return self._array(name)
+        return self.tensors[name].array
 
     def scale(self, name: str) -> npt.NDArray[np.float32]:
         """The scales of quantized weight `name`: `[N]` of int8, `[N, K / group_size]` of int4."""
-        return self._array(scale_name(name))
+        return self.tensors[scale_name(name)].array
 
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         """The weight's values, a copy."""
         stored, quantization = self.tensor(name), self.quantization(name)
         if quantization is not None:
             return dequantize(stored, self.scale(name), quantization)
-        return np.array(to_float32(stored, self._tensors[name].dtype))
-
-    @cached_property
-    def _mapping(self) -> mmap.mmap:
-        with (self.path / WEIGHTS_FILE).open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def _array(self, name: str) -> Array:
-        info = self._tensors[name]
-        dtype = NUMPY_DTYPES[info.dtype]
-        count = (info.stop - info.start) // dtype.itemsize
-        return np.frombuffer(self._mapping, dtype, count, info.start).reshape(info.shape)
+        return np.array(to_float32(stored, self.tensors[name].dtype))
 
     def _check(self) -> None:
-        file = self.path / WEIGHTS_FILE
+        for name in self.config.quantization:
+            if name not in self.shapes or not is_projection(name):
+                raise CheckpointError(f"{self.path / CONFIG_FILE} quantizes '{name}', which is no matrix of the model")
         expected: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for name in self.names:
-            if name not in self._tensors:
-                raise CheckpointError(f"{file} lacks '{name}'")
-            dtype = self._tensors[name].dtype
-            expected |= stored_tensors(
-                name, self.shape(name), self.quantization(name) or (dtype if dtype in FLOATS else "F32")
-            )
-        found = {name: (info.dtype, info.shape) for name, info in self._tensors.items()}
-        for name in expected.keys() | found.keys():
+        for name, shape in self.shapes.items():
+            tensor = self.tensors.get(name)
+            floating = tensor.dtype if tensor is not None and tensor.dtype in FLOATS else "F32"
+            expected |= stored_tensors(name, shape, self.quantization(name) or floating)
+        found = {name: (tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()}
+        for name in [*expected, *found]:
             if found.get(name) != expected.get(name):
                 raise CheckpointError(
-                    f"'{name}' in {file} is {_described(found.get(name))}, but {CONFIG_FILE} calls for"
-                    f" {_described(expected.get(name))}"
+                    f"'{name}' in {self.path / WEIGHTS_FILE} is {_described(found.get(name))}, but {CONFIG_FILE} calls"
+                    f" for {_described(expected.get(name))}"
                 )
 
 

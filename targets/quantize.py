@@ -27,6 +27,12 @@ class Quantization:
     kind: Literal["int8", "int4"]
     group_size: int | None = None
 
+    def __post_init__(self) -> None:
+        if (self.kind == "int4") != (self.group_size is not None) or not (
+            self.group_size is None or self.group_size > 0
+        ):
+            raise ValueError(f"{self.kind} cannot have groups of {self.group_size}")
+
 
 def group_size_for(columns: int, wanted: int) -> int | None:
     """`wanted`, or the largest half, quarter … of it that divides `columns` and is no smaller than 32."""

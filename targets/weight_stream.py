@@ -9,25 +9,17 @@ import numpy.typing as npt
 from farrier.targets.bfloat16 import from_bfloat16, to_bfloat16
 from farrier.targets.errors import CheckpointError
 from farrier.targets.hf_weights import SourceRows
+from farrier.targets.tensorfile import NUMPY_TYPES
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
-
-NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype(np.float32),
-    "BF16": np.dtype(np.uint16),
-    "F16": np.dtype(np.float16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-}
-"""safetensors' types as numpy has them; bfloat16 as its bits."""
 
 _BLOCK_VALUES = 1 << 20
 
 
 def blocks(source: SourceRows) -> Iterator[tuple[int, Array]]:
     """(first row, rows `[n, columns]` as stored) of consecutive blocks of rows. Raises CheckpointError."""
-    dtype = NUMPY_DTYPES[source.tensor.dtype]
+    dtype = NUMPY_TYPES[source.tensor.dtype]
     rows = max(1, _BLOCK_VALUES // source.columns)
     try:
         with source.tensor.path.open("rb", buffering=0) as file:
