@@ -2,18 +2,20 @@
 
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from farrier.runtime.chat import render
 from farrier.runtime.outputs import CompletionOutput, Delta
+from farrier.runtime.request import TokensPrompt
 from farrier.runtime.sampling_params import GuidedDecoding, SamplingParams
 from farrier.runtime.server.answer import Answer
 from farrier.runtime.server.body import read_body
+from farrier.runtime.server.generate import Request, prepare
 from farrier.runtime.server.logprobs import chat_logprobs
 from farrier.runtime.server.protocol import ChatCompletionRequest, Message, NamedToolChoice, TemplateOptions, Tool
 from farrier.runtime.server.service import Service
-from farrier.runtime.server.unblocked import unblocked
+from farrier.runtime.server.unblocked import LONG, unblocked
 from farrier.runtime.tokenizer import Tokenizer
 from farrier.runtime.tools import ContentDelta, ToolCallArguments, ToolCallStart, ToolEvent, ToolParser, parser_for
 from farrier.targets.errors import RequestError
@@ -27,18 +29,13 @@ class ChatCompletion(Answer):
     chunk_name = "chat.completion.chunk"
 
     def __init__(
-        self,
-        service: Service,
-        request: ChatCompletionRequest,
-        prompt: list[int],
-        params: SamplingParams,
-        parsers: list[ToolParser],
+        self, service: Service, body: ChatCompletionRequest, request: Request, parsers: list[ToolParser]
     ) -> None:
-        super().__init__(service, request, [prompt], params)
+        super().__init__(service, body, [request])
         self._tokenizer = service.tokenizer("messages")
         self._parsers = parsers
-        self._started = [False] * self.num_choices
-        self._called = [False] * self.num_choices
+        self._started = [False] * len(self.outputs)
+        self._called = [False] * len(self.outputs)
 
     def choice(self, index: int, output: CompletionOutput) -> dict[str, Any]:
         events = self._parse(index, output.text, ended=True)
@@ -106,16 +103,17 @@ def _whole_calls(events: list[ToolEvent]) -> list[dict[str, Any]]:
     return list(calls.values())
 
 
-async def create_chat_completion(service: Service, request: Request) -> Response:
-    body = await read_body(request, ChatCompletionRequest, service.options)
+async def create_chat_completion(service: Service, http: HttpRequest) -> Response:
+    body = await read_body(http, ChatCompletionRequest, service.options)
     service.check_model(body.model)
     tokenizer = service.tokenizer("messages")
     tools = [] if body.tool_choice == "none" else body.tools or []
-    parser = _parser(tokenizer, body) if tools else None
+    parser = _parser(tokenizer) if tools else None
     params = _sampling_params(body, parser)
-    prompt = await render_chat(tokenizer, body.messages, body, tools)
-    parsers = [] if parser is None else [_parser(tokenizer, body) for _ in range(params.n)]
-    return await ChatCompletion(service, body, prompt, params, parsers).respond(request, stream=body.stream)
+    prompt = TokensPrompt(prompt_token_ids=await render_chat(tokenizer, body.messages, body, tools))
+    [request] = await prepare(service, body, [prompt], params)
+    parsers = [_parser(tokenizer) for _ in request] if tools else []
+    return await ChatCompletion(service, body, request, parsers).respond(http.receive)
 
 
 async def render_chat(
@@ -126,7 +124,6 @@ async def render_chat(
     to_continue = bool(options.continue_final_message)
     generation_prompt = not to_continue if options.add_generation_prompt is None else options.add_generation_prompt
     return await unblocked(
-        sum(len(str(message.content)) for message in messages),
         lambda: render(
             tokenizer,
             plain,
@@ -135,6 +132,7 @@ async def render_chat(
             continue_final_message=to_continue,
             template_kwargs=options.chat_template_kwargs,
         ),
+        is_long=sum(len(str(message.content)) for message in messages) > LONG,
     )
 
 
@@ -143,7 +141,7 @@ def _plain_tools(tools: list[Tool]) -> list[dict[str, Any]] | None:
     return [tool.model_dump(exclude_unset=True, exclude={"function": {"strict"}}) for tool in tools] or None
 
 
-def _parser(tokenizer: Tokenizer, body: ChatCompletionRequest) -> ToolParser:
+def _parser(tokenizer: Tokenizer) -> ToolParser:
     parser = parser_for(tokenizer)
     if parser is None:
         raise RequestError("This model's format of tool calls is not known, so it cannot use tools.", param="tools")

@@ -2,17 +2,18 @@
 
 from typing import Any, cast
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from farrier.runtime.outputs import CompletionOutput, Delta
+from farrier.runtime.request import Prompt, TokensPrompt
 from farrier.runtime.sampling_params import SamplingParams
 from farrier.runtime.server.answer import Answer
 from farrier.runtime.server.body import read_body
+from farrier.runtime.server.generate import Request, prepare
 from farrier.runtime.server.logprobs import CompletionLogprobs
 from farrier.runtime.server.protocol import CompletionRequest
 from farrier.runtime.server.service import Service
-from farrier.runtime.server.unblocked import unblocked
 from farrier.targets.errors import RequestError
 
 
@@ -22,20 +23,15 @@ class Completion(Answer):
     id_prefix = "cmpl"
     whole_name = chunk_name = "text_completion"
 
-    def __init__(
-        self,
-        service: Service,
-        request: CompletionRequest,
-        prompts: list[list[int]],
-        params: SamplingParams,
-        echoes: list[str],
-    ) -> None:
-        super().__init__(service, request, prompts, params)
-        self._echoes = echoes
+    def __init__(self, service: Service, body: CompletionRequest, requests: list[Request], echoes: list[str]) -> None:
+        super().__init__(service, body, requests)
+        tokenizer = service.llm.tokenizer
         # Without a tokenizer there is no text; then the ids are the answer.
-        self._with_ids = service.llm.tokenizer is None if request.return_token_ids is None else request.return_token_ids
-        self._started = [False] * self.num_choices
-        self._logprobs = [CompletionLogprobs(service.llm.tokenizer) for _ in range(self.num_choices)]
+        self._with_ids = tokenizer is None if body.return_token_ids is None else body.return_token_ids
+        self._prompt_ids = [output.tokens.tolist() for output in self.outputs] if self._with_ids else []
+        self._echoes = [echo for echo in echoes for _ in requests[0]] or [""] * len(self.outputs)
+        self._started = [False] * len(self.outputs)
+        self._logprobs = [CompletionLogprobs(tokenizer) for _ in self.outputs]
 
     def choice(self, index: int, output: CompletionOutput) -> dict[str, Any]:
         return self._written(index, output)
@@ -48,10 +44,9 @@ class Completion(Answer):
 
     def _written(self, index: int, output: CompletionOutput | Delta) -> dict[str, Any]:
         first, self._started[index] = not self._started[index], True
-        prompt = index // self.params.n
         written: dict[str, Any] = {
             "index": index,
-            "text": self._echoes[prompt] + output.text if first and self._echoes else output.text,
+            "text": self._echoes[index] + output.text if first else output.text,
             "logprobs": None if output.logprobs is None else self._logprobs[index].add(output.logprobs),
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
@@ -59,19 +54,17 @@ class Completion(Answer):
         if self._with_ids:
             written["token_ids"] = output.token_ids
             if first:
-                written["prompt_token_ids"] = self.prompts[prompt]
+                written["prompt_token_ids"] = self._prompt_ids[index]
         return written
 
 
-async def create_completion(service: Service, request: Request) -> Response:
-    body = await read_body(request, CompletionRequest, service.options)
+async def create_completion(service: Service, http: HttpRequest) -> Response:
+    body = await read_body(http, CompletionRequest, service.options)
     service.check_model(body.model)
-    params = _sampling_params(body)
-    given = _prompts(body, service.options.max_queue)
-    length = sum(map(len, given))
-    prompts = await unblocked(length, lambda: [_encode(service, prompt) for prompt in given])
-    echoes = await unblocked(length, lambda: [_decode(service, prompt) for prompt in given]) if body.echo else []
-    return await Completion(service, body, prompts, params, echoes).respond(request, stream=body.stream)
+    prompts = _prompts(body, service.options.max_queue)
+    requests = await prepare(service, body, prompts, _sampling_params(body))
+    echoes = [_text(service, prompt) for prompt in prompts] if body.echo else []
+    return await Completion(service, body, requests, echoes).respond(http.receive)
 
 
 def _sampling_params(body: CompletionRequest) -> SamplingParams:
@@ -82,19 +75,21 @@ def _sampling_params(body: CompletionRequest) -> SamplingParams:
     return body.sampling_params(guided=body.guided_decoding(), logprobs=body.logprobs)
 
 
-def _prompts(body: CompletionRequest, limit: int) -> list[str | list[int]]:
+def _prompts(body: CompletionRequest, limit: int) -> list[Prompt]:
     match body.prompt:
-        case str() | [int(), *_]:
-            return [cast("str | list[int]", body.prompt)]
-        case _ if len(body.prompt) > limit:
-            raise RequestError(f"A request may have at most {limit} prompts.", param="prompt")
+        case str(text):
+            return [text]
+        case [int(), *_] as token_ids:
+            return [TokensPrompt(prompt_token_ids=cast("list[int]", token_ids))]
+        case prompts if len(prompts) <= limit:
+            return [_prompt(prompt) for prompt in cast("list[str | list[int]]", prompts)]
         case _:
-            return cast("list[str | list[int]]", body.prompt)
+            raise RequestError(f"A request may have at most {limit} prompts.", param="prompt")
 
 
-def _encode(service: Service, prompt: str | list[int]) -> list[int]:
-    return service.tokenizer("prompt").encode(prompt) if isinstance(prompt, str) else prompt
+def _prompt(prompt: str | list[int]) -> Prompt:
+    return prompt if isinstance(prompt, str) else TokensPrompt(prompt_token_ids=prompt)
 
 
-def _decode(service: Service, prompt: str | list[int]) -> str:
-    return prompt if isinstance(prompt, str) else service.tokenizer("echo").decode(prompt)
+def _text(service: Service, prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else service.tokenizer("echo").decode(prompt["prompt_token_ids"])

@@ -85,23 +85,36 @@ def internal_error() -> ApiError:
 
 
 def invalid_field(body: Any, errors: Sequence[ErrorDetails]) -> RequestError:
-    """One error for what pydantic found wrong with `body`: the deepest complaint about the first wrong field.
+    """One error for what pydantic found wrong with `body`: the complaint about its first wrong field that got furthest.
 
     A union complains once for each of its members. The member that got furthest is the one that was meant.
     """
     paths = [_path(body, details) for details in errors]
     first = paths[0][:1]
-    deepest = max((path for path in paths if path[:1] == first), key=len)
-    found = [details for details, path in zip(errors, paths, strict=True) if path == deepest]
-    param = _dotted(deepest)
-    if found[0]["type"] == "extra_forbidden":
+    furthest = max((path for path in paths if path[:1] == first), key=_progress)
+    found = [details for details, path in zip(errors, paths, strict=True) if path == furthest]
+    param = _dotted(furthest)
+    kind = found[0]["type"]
+    if kind == "extra_forbidden":
         return RequestError(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
-    if found[0]["type"] == "none_required":
+    if kind == "none_required":
         return RequestError(f"'{param}' is not supported.", param=param, code="unsupported_parameter")
-    if found[0]["type"] == "missing":
+    if kind in _MISSING:
         return RequestError(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
-    reasons = " or ".join(dict.fromkeys(details["msg"] for details in found))
+    reasons = " or ".join(dict.fromkeys(_reason(details) for details in found))
     return RequestError(f"Invalid '{param or 'body'}': {reasons}.", param=param, code="invalid_value")
+
+
+_MISSING = ("missing", "union_tag_not_found")
+_NOT_AN_OBJECT = ("model_type", "model_attributes_type", "dict_type")
+
+
+def _reason(details: ErrorDetails) -> str:
+    if details["type"] in _NOT_AN_OBJECT:
+        return "Input should be an object"
+    if details["type"] == "union_tag_invalid":
+        return f"Input should be {details['ctx']['expected_tags']}"
+    return details["msg"].replace(" after validation", "")
 
 
 def _path(body: Any, details: ErrorDetails) -> tuple[int | str, ...]:
@@ -109,14 +122,24 @@ def _path(body: Any, details: ErrorDetails) -> tuple[int | str, ...]:
     path: list[int | str] = []
     *parents, last = details["loc"] or ("",)
     for step in parents:
-        inside = isinstance(body, dict) and step in body
-        if inside or (isinstance(body, list) and isinstance(step, int) and step < len(body)):
+        if _has(body, step):
             path.append(step)
             body = body[step]
-    is_key = isinstance(body, dict) and (last in body or details["type"] == "missing")
-    if is_key or (isinstance(body, list) and isinstance(last, int)):
+    if _has(body, last) or (details["type"] == "missing" and isinstance(body, dict)):
         path.append(last)
+    if details["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        path.append(details["ctx"]["discriminator"].strip("'"))
     return tuple(path)
+
+
+def _has(body: Any, step: int | str) -> bool:
+    if isinstance(body, list):
+        return isinstance(step, int) and step < len(body)
+    return isinstance(body, dict) and step in body
+
+
+def _progress(path: tuple[int | str, ...]) -> tuple[int, list[int]]:
+    return len(path), [step for step in path if isinstance(step, int)]
 
 
 def _dotted(path: tuple[int | str, ...]) -> str | None:

@@ -10,11 +10,14 @@ from starlette.types import Receive
 
 from farrier.runtime.llm import RequestStream
 from farrier.runtime.outputs import Delta
+from farrier.runtime.request import Prompt, Sequence
 from farrier.runtime.sampling_params import SamplingParams
 from farrier.runtime.server.errors import ApiError, ClientGoneError
 from farrier.runtime.server.metrics import RequestTimer
+from farrier.runtime.server.protocol import GenerationRequest
 from farrier.runtime.server.service import Service
-from farrier.targets.errors import EngineError, OverloadedError
+from farrier.runtime.server.unblocked import LONG, unblocked
+from farrier.targets.errors import EngineError, OverloadedError, RequestError
 
 Result = TypeVar("Result")
 
@@ -36,23 +39,41 @@ class Usage:
         }
 
 
-async def generate(
-    service: Service, prompts: list[list[int]], params: SamplingParams, usage: Usage
-) -> AsyncGenerator[tuple[int, Delta], None]:
+Request = list[Sequence]
+"""What `AsyncLLM.prepare` makes of a prompt: its `n` outputs."""
+
+
+async def prepare(
+    service: Service, body: GenerationRequest, prompts: list[Prompt], params: SamplingParams
+) -> list[Request]:
+    """Tokenizes, checks and compiles, without holding up anybody else. Raises RequestError in the client's words."""
+    is_long = params.guided is not None or sum(map(_length, prompts)) > LONG
+    try:
+        return await unblocked(lambda: [service.llm.prepare(prompt, params) for prompt in prompts], is_long=is_long)
+    except RequestError as error:
+        raise RequestError(str(error), param=body.spelling(error.param), code=error.code) from error
+
+
+def _length(prompt: Prompt) -> int:
+    return len(prompt if isinstance(prompt, str) else prompt["prompt_token_ids"])
+
+
+async def generate(service: Service, requests: list[Request], usage: Usage) -> AsyncGenerator[tuple[int, Delta], None]:
     """Yields (choice, delta) until every choice has ended; choice = prompt × n + output.
 
-    Admission errors come before the first delta; a choice that fails raises. Closing it aborts everything.
+    A full queue shows before the first delta; a choice that fails raises. Closing it aborts everything.
     """
+    num_outputs = len(requests[0])
     async with AsyncExitStack() as stack:
         streams = []
-        for prompt in prompts:
-            streams.append(_admit(service, prompt, params))
+        for request in requests:
+            streams.append(_submit(service, request))
             stack.push_async_callback(streams[-1].aclose)
-        timer = RequestTimer(service.metrics, len(prompts) * params.n)
+        timer = RequestTimer(service.metrics, len(requests) * num_outputs)
         stack.callback(timer.close)
         merged = await stack.enter_async_context(aclosing(_merge(streams)))
         async for prompt_index, delta in merged:
-            choice = prompt_index * params.n + delta.index
+            choice = prompt_index * num_outputs + delta.index
             timer.observe(choice, delta)
             _raise_failure(delta)
             usage.completion_tokens += len(delta.token_ids)
@@ -61,9 +82,9 @@ async def generate(
             yield choice, delta
 
 
-def _admit(service: Service, prompt: list[int], params: SamplingParams) -> RequestStream:
+def _submit(service: Service, request: Request) -> RequestStream:
     try:
-        return service.llm.generate({"prompt_token_ids": prompt}, params)
+        return service.llm.submit(request)
     except (OverloadedError, EngineError) as error:
         raise service.unavailable() or error from error
 

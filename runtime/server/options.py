@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from farrier.runtime.scheduler import CapacityPolicy
+
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -23,7 +25,7 @@ class ServerOptions:
     request_timeout_s: float = 600.0
     max_body_bytes: int = 4 * 2**20
     drain_seconds: float = 30.0
-    capacity_policy: str = "guaranteed_no_evict"
+    capacity_policy: CapacityPolicy = "guaranteed_no_evict"
     kv_blocks: int | None = None
     kv_memory_fraction: float = 0.8
     enable_prefix_caching: bool = True

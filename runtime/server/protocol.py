@@ -7,14 +7,14 @@ only leaving it out (or null) is accepted. One that changes nothing about the an
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from farrier.runtime.sampling_params import MAX_LOGPROBS, GuidedDecoding, SamplingParams
 from farrier.targets.errors import RequestError
 
 NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
-TokenIds = Annotated[list[NonNegative], FailFast()]
+TokenIds = Annotated[list[NonNegative], Field(fail_fast=True)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
@@ -111,11 +111,21 @@ class GenerationRequest(Strict):
             given["logit_bias"] = {int(token_id): bias for token_id, bias in self.logit_bias.items()}
         return SamplingParams(**(given | changed))
 
-    def guided_decoding(self) -> GuidedDecoding | None:
-        """The one constraint on the output that the request gives, if any."""
+    def spelling(self, param: str | None) -> str | None:
+        """What the client called the field that the runtime calls `param`."""
+        if param is not None and param.startswith("guided"):
+            return next(iter(self._guided_fields()), "tools")
+        return param
+
+    def _guided_fields(self) -> list[str]:
         found = [name for name in _GUIDED_FIELDS if getattr(self, name) is not None]
         if isinstance(self.response_format, TextFormat):
             found.remove("response_format")
+        return found
+
+    def guided_decoding(self) -> GuidedDecoding | None:
+        """The one constraint on the output that the request gives, if any."""
+        found = self._guided_fields()
         if not found:
             return None
         if len(found) > 1:
@@ -200,9 +210,9 @@ def _schema(value: dict[str, Any] | str, param: str) -> dict[str, Any]:
 class CompletionRequest(GenerationRequest):
     prompt: (
         str
-        | Annotated[list[str], FailFast(), Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
         | Annotated[TokenIds, Field(min_length=1)]
-        | Annotated[list[TokenIds], FailFast(), Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     )
     echo: bool | None = None
     return_token_ids: bool | None = None
@@ -264,7 +274,7 @@ class ToolMessage(Strict):
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
-Messages = Annotated[list[Message], FailFast(), Field(min_length=1)]
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
 
 class FunctionDefinition(Strict):
@@ -291,7 +301,7 @@ class NamedToolChoice(Strict):
 class TemplateOptions(Strict):
     """What goes into the chat template beside the messages."""
 
-    tools: Annotated[list[Tool], FailFast()] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -323,6 +333,11 @@ class ChatCompletionRequest(GenerationRequest, TemplateOptions):
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     safety_identifier: str | None = None
+
+    def spelling(self, param: str | None) -> str | None:
+        if param == "max_tokens" and self.max_tokens is None:
+            return "max_completion_tokens"
+        return "messages" if param == "prompt" else super().spelling(param)
 
 
 class TokenizeRequest(TemplateOptions):

@@ -24,7 +24,8 @@ def serve(
     on_ready: Callable[[str], None] = lambda url: None,
     listener: socket.socket | None = None,
 ) -> None:
-    """Serves the engine in `engine_dir` until SIGTERM or SIGINT, which drain; a second one ends the process at once.
+    """Serves the engine in `engine_dir` until SIGTERM or SIGINT, which drain. A second one, or one that comes while
+    the engine is being loaded, ends the process at once.
 
     on_ready: called once with the server's URL when it answers requests. listener: an open socket to serve on
     instead of options.host and options.port. Raises what loading the engine raises, and TargetError when the
@@ -100,7 +101,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._signals += 1
-        if self._signals > 1:
+        if self._signals > 1 or self._service.phase == "loading":
             os._exit(128 + sig)  # nothing is written anywhere that an orderly end would save
         self._loop.call_soon_threadsafe(self._begin_to_stop)
 

@@ -8,7 +8,7 @@ from farrier.runtime.server.chat import render_chat
 from farrier.runtime.server.errors import json_response
 from farrier.runtime.server.protocol import DetokenizeRequest, TokenizeRequest
 from farrier.runtime.server.service import Service
-from farrier.runtime.server.unblocked import unblocked
+from farrier.runtime.server.unblocked import LONG, unblocked
 from farrier.runtime.tokenizer import Tokenizer
 from farrier.targets.errors import RequestError
 
@@ -38,12 +38,14 @@ async def _tokens(tokenizer: Tokenizer, body: TokenizeRequest) -> list[int]:
         if getattr(body, name) is not None:
             raise RequestError(f"{name} needs messages.", param=name)
     special = body.add_special_tokens is not False
-    return await unblocked(len(prompt), lambda: tokenizer.encode(prompt, add_special_tokens=special))
+    return await unblocked(lambda: tokenizer.encode(prompt, add_special_tokens=special), is_long=len(prompt) > LONG)
 
 
 async def detokenize(service: Service, request: Request) -> Response:
     body = await read_body(request, DetokenizeRequest, service.options)
     service.check_model(body.model)
     tokenizer = service.tokenizer("tokens")
-    prompt = await unblocked(len(body.tokens), lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))
+    prompt = await unblocked(
+        lambda: tokenizer.decode(body.tokens, skip_special_tokens=False), is_long=len(body.tokens) > LONG
+    )
     return json_response({"prompt": prompt})

@@ -6,10 +6,9 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
-_LONG = 8192
-"""Characters or tokens that take about a millisecond; a thread costs a tenth of that."""
+LONG = 8192
+"""Characters or tokens that take about a millisecond to go through; a thread costs a tenth of that."""
 
 
-async def unblocked(length: int, work: Callable[[], Result]) -> Result:
-    """The result of `work`, which takes time in proportion to `length` (characters or tokens)."""
-    return await asyncio.to_thread(work) if length > _LONG else work()
+async def unblocked(work: Callable[[], Result], *, is_long: bool) -> Result:
+    return await asyncio.to_thread(work) if is_long else work()
