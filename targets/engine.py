@@ -126,6 +126,32 @@ class SamplingArrays:
     masks: npt.NDArray[np.uint32] | None
     """Allowed tokens as bits, `[S, ceil(vocab / 32)]`, little end first; None: everything is allowed."""
 
+    @classmethod
+    def greedy(cls, rows: int) -> "SamplingArrays":
+        """The likeliest token of each of `rows` rows, nothing else."""
+        zeros, ones = np.zeros(rows, np.float32), np.ones(rows, np.float32)
+        none, starts = np.zeros(0, np.int32), np.zeros(rows + 1, np.int32)
+        counters = np.zeros(rows, np.uint64)
+        return cls(
+            temperature=zeros,
+            top_k=starts[:-1],
+            top_p=ones,
+            min_p=zeros,
+            repetition_penalty=ones,
+            presence_penalty=zeros,
+            frequency_penalty=zeros,
+            seed=counters,
+            step=counters,
+            num_logprobs=np.full(rows, -1, np.int32),
+            history_ids=none,
+            history_starts=starts,
+            output_starts=starts[:-1],
+            bias_ids=none,
+            bias_values=np.zeros(0, np.float32),
+            bias_starts=starts,
+            masks=None,
+        )
+
 
 @dataclass(slots=True)
 class Batch:
@@ -220,6 +246,6 @@ def load_engine(path: Path) -> Engine:
     Raises FingerprintMismatchError naming the first field that does not fit this machine, EngineError when the
     directory is not a whole engine.
     """
-    from farrier.targets import registry  # backends are imported only when one is needed
+    from farrier.targets.loading import load  # a backend is imported only when one is needed
 
-    return registry.load(path)
+    return load(path)

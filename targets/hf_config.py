@@ -287,8 +287,9 @@ def _rope(settings: Settings, family: _Family, stated: dict[str, Any], head_dim:
 
 
 def _rotary_dim(settings: Settings, family: _Family, parameters: Settings, head_dim: int) -> int:
-    source = parameters if parameters.raw("partial_rotary_factor") is not None else settings
-    fraction = source.number("partial_rotary_factor", 1.0)
+    outer = settings.number("partial_rotary_factor", 1.0)
+    source = settings if parameters.raw("partial_rotary_factor") is None else parameters
+    fraction = source.number("partial_rotary_factor", outer)
     if fraction != 1 and not family.partial_rotary:
         raise source.unsupported("partial_rotary_factor", "this architecture rotates whole heads")
     rotary_dim = int(head_dim * fraction)

@@ -15,9 +15,7 @@ from openvino.op import _PagedAttentionExtension
 
 from farrier.targets.decoder import DecoderSpec, LayerSpec
 from farrier.targets.engine import Batch
-
-BLOCK_SIZE = 32
-"""Tokens in a KV block: the only size OpenVINO's CPU PagedAttention takes."""
+from farrier.targets.openvino.layout import BLOCK_SIZE
 
 Inputs = dict[str, npt.NDArray[Any]]
 

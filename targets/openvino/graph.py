@@ -26,7 +26,7 @@ class Weights(Protocol):
 
 
 def build_graph(spec: DecoderSpec, weights: Weights, attention: Attention, max_seq_len: int) -> ov.Model:
-    """`token_ids` `[T]`, `positions` `[T]`, `sample_rows` `[S]` and what `attention` declares → `logits` `[S, vocab]` f32."""
+    """`token_ids`, `positions` `[T]`, `sample_rows` `[S]` and what `attention` declares → `logits` `[S, vocab]` f32."""
     return _Walk(spec, weights, attention, max_seq_len).model()
 
 

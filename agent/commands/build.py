@@ -1,0 +1,67 @@
+"""`farrier build`"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from farrier.agent.commands.choices import Name, Overrides, Precision, model_source, parse_overrides
+from farrier.agent.console import errors_console, progress_bars
+
+
+def build_command(
+    source: Annotated[str, typer.Argument(help="A checkpoint, a Hugging Face model directory, or demo.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the engine goes.")],
+    target: Annotated[str, typer.Option(help="auto, or a target named by `farrier detect`, such as cpu.")] = "auto",
+    precision: Precision = "auto",
+    overrides: Overrides = None,
+    kv_dtype: Annotated[Literal["auto", "f32", "bf16", "u8"], typer.Option(help="Type of the KV cache.")] = "auto",
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Sequences in one step.")] = 16,
+    max_num_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one step.")] = 2048,
+    max_seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Prompt plus output; by default the model's limit, at most 4096.")
+    ] = None,
+    name: Name = None,
+) -> None:
+    """Build the engine of a model for this machine."""
+    from farrier.targets.build import BuildOptions, Estimate, build
+    from farrier.targets.detect import detect, select_target
+
+    detection = detect()
+    for warning in detection.warnings:
+        errors_console().print(f"Warning: {warning}", markup=False, soft_wrap=True)
+    options = BuildOptions(
+        precision=precision,
+        overrides=parse_overrides(overrides),
+        kv_dtype=None if kv_dtype == "auto" else kv_dtype,
+        max_batch_size=max_batch_size,
+        max_num_tokens=max_num_tokens,
+        max_seq_len=max_seq_len,
+        name=name or ("demo" if source == "demo" else None),
+    )
+
+    def say(estimate: Estimate) -> None:
+        errors_console().print(
+            f"Needs {_mb(estimate.disk)} on disk while building; {_mb(estimate.weights)} of memory for weights and "
+            f"{_mb(estimate.kv_one)} for the KV cache of one full sequence ({_mb(estimate.kv_all)} for a full batch).",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    with progress_bars() as progress:
+        built = build(
+            model_source(source),
+            out,
+            select_target(detection, target),
+            options,
+            on_estimate=say,
+            on_progress=progress,
+        )
+    for warning in built.warnings:
+        errors_console().print(f"Warning: {warning}", markup=False, soft_wrap=True)
+    what = "the identical engine was already there" if built.reused else f"built for {built.config.target}"
+    typer.echo(f"{out}: {what} ({built.config.precision}, KV {built.config.kv_dtype})")
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,64 @@
+"""What a backend is to the rest of farrier: it decides, packs, and loads."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from farrier.targets.decoder import DecoderSpec
+from farrier.targets.engine import Engine, EngineConfig, Fingerprint, KvDtype
+from farrier.targets.errors import BuildError, FingerprintMismatchError
+from farrier.targets.target import Target
+
+if TYPE_CHECKING:
+    from farrier.targets.checkpoint import CheckpointReader
+
+Progress = Callable[[int, int], None]
+"""(bytes done, bytes in all)"""
+
+
+class Backend(Protocol):
+    name: str
+    block_size: int
+
+    def fingerprint(self, target: Target, precision: str, kv_dtype: KvDtype) -> Fingerprint:
+        """What an engine built for `target` with these choices needs of a machine."""
+        ...
+
+    def here(self, target: Target) -> Fingerprint:
+        """What `target` offers to engines."""
+        ...
+
+    def kv_dtype(self, spec: DecoderSpec, target: Target, precision: str, asked: KvDtype | None) -> KvDtype:
+        """The KV type to build with. Raises BuildError naming the alternative when `asked` cannot be honoured."""
+        ...
+
+    def kv_bytes_per_block(self, spec: DecoderSpec, kv_dtype: KvDtype) -> int: ...
+
+    def packed_bytes(self, checkpoint: "CheckpointReader") -> int:
+        """Bytes of the engine file `pack` would write."""
+        ...
+
+    def pack(self, checkpoint: "CheckpointReader", directory: Path, progress: Progress | None) -> None:
+        """Writes the engine's weights, in kernel layout, into `directory`."""
+        ...
+
+    def load(self, directory: Path, config: EngineConfig) -> Engine: ...
+
+
+def backend_for(target: Target) -> Backend:
+    """The backend that builds for `target`."""
+    if target.kind == "cpu":
+        return get_backend("openvino")
+    raise BuildError(
+        f"There is no backend for {target.name} in this version of farrier; build for the CPU with --target cpu."
+    )
+
+
+def get_backend(name: str) -> Backend:
+    if name == "openvino":
+        from farrier.targets.openvino.backend import OpenVinoBackend
+
+        return OpenVinoBackend()
+    raise FingerprintMismatchError(
+        f"The engine needs the backend {name!r}, which this farrier does not have.", field="backend"
+    )

@@ -1,0 +1,281 @@
+"""From a model or a checkpoint to an engine directory: decide, estimate, pack, verify, publish."""
+
+import errno
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from farrier import __version__
+from farrier.targets.backend import Backend, Progress, backend_for
+from farrier.targets.checkpoint import WEIGHTS_FILE, CheckpointReader
+from farrier.targets.convert import convert, file_digest, model_files
+from farrier.targets.decoder import DecoderSpec
+from farrier.targets.engine import Ceilings, EngineConfig, Fingerprint, KvDtype
+from farrier.targets.engine_dir import TOKENIZER_DIR, damaged_file, is_engine, read_config, write_config
+from farrier.targets.errors import BuildError, FarrierError, InsufficientResourcesError
+from farrier.targets.hf_config import from_hf_config
+from farrier.targets.hf_weights import read_json, source_tensors
+from farrier.targets.precision import precisions
+from farrier.targets.target import Target, memory_budget
+from farrier.targets.trial import trial_step
+from farrier.targets.workspace import publish, workspace
+
+DEFAULT_MAX_SEQ_LEN = 4096
+_BYTES_PER_WEIGHT = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.0, "int4": 0.53}
+_SAFETENSORS_PRECISION = {"F32": "f32", "BF16": "bf16", "F16": "f16"}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a user decides. `max_seq_len` None: the model's own limit, at most DEFAULT_MAX_SEQ_LEN."""
+
+    precision: str = "auto"
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    kv_dtype: KvDtype | None = None
+    max_batch_size: int = 16
+    max_num_tokens: int = 2048
+    max_seq_len: int | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, said before a build. `kv_one` is KV for one sequence of `max_seq_len`, `kv_all` for `max_batch_size`."""
+
+    disk: int
+    weights: int
+    kv_one: int
+    kv_all: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """`reused`: an identical engine was already there."""
+
+    config: EngineConfig
+    reused: bool
+    warnings: tuple[str, ...]
+
+
+def build(
+    source: Path,
+    out: Path,
+    target: Target,
+    options: BuildOptions,
+    *,
+    on_estimate: Callable[[Estimate], None] | None = None,
+    on_progress: Callable[[str], Progress] | None = None,
+) -> Built:
+    """Builds the engine of `source`, a Hugging Face model directory or a unified checkpoint, for `target` in `out`.
+
+    An identical engine in `out` is reused, another engine is replaced once the new one is whole; anything else in
+    `out` is refused. `on_progress` is asked once per stage, by its title, for a callback of (bytes done, in all).
+
+    Raises BuildError about the options, CheckpointError and UnsupportedModelError about the source,
+    InsufficientResourcesError when disk or memory would not do.
+    """
+    backend = backend_for(target)
+    progress = on_progress or (lambda _: lambda done, total: None)
+    if out.exists() and not is_engine(out):
+        raise BuildError(f"{out} exists and is not an engine; choose another place or remove it.")
+    spec, precision = _describe(source, options)
+    ceilings = _ceilings(spec, options)
+    kv_dtype = backend.kv_dtype(spec, target, precision, options.kv_dtype)
+    estimate = _estimate(backend, source, spec, precision, options, ceilings, kv_dtype)
+    if on_estimate is not None:
+        on_estimate(estimate)
+    fingerprint = backend.fingerprint(target, precision, kv_dtype)
+    identity = _identity(source, options, ceilings, kv_dtype, fingerprint)
+    with workspace(out) as partial:
+        if reusable := _reusable(out, identity):
+            return Built(reusable, True, ())
+        _check_resources(estimate, target, partial)
+        with _disk_errors(out):
+            checkpoint, warnings = _checkpoint(source, partial, ceilings, options, progress)
+            backend.pack(checkpoint, partial, progress("Packing"))
+            shutil.copytree(checkpoint.path / TOKENIZER_DIR, partial / TOKENIZER_DIR)
+            config = EngineConfig(
+                model=options.name or checkpoint.config.model,
+                target=target.name,
+                fingerprint=fingerprint,
+                spec=checkpoint.spec,
+                precision=precision,
+                overrides=dict(options.overrides),
+                kv_dtype=kv_dtype,
+                block_size=backend.block_size,
+                ceilings=ceilings,
+                eos_token_ids=checkpoint.config.eos_token_ids,
+                has_tokenizer=(partial / TOKENIZER_DIR / "tokenizer.json").is_file(),
+                source_digest=identity,
+                files={},
+                weight_bytes=backend.packed_bytes(checkpoint),
+                kv_bytes_per_block=backend.kv_bytes_per_block(checkpoint.spec, kv_dtype),
+                farrier_version=__version__,
+            )
+            if checkpoint.path.parent == partial:
+                shutil.rmtree(checkpoint.path)
+            config = _sealed(partial, config)
+            trial_step(backend.load(partial, config))
+            _replace(partial, out)
+    return Built(config, False, warnings)
+
+
+def _describe(source: Path, options: BuildOptions) -> tuple[DecoderSpec, str]:
+    """The model's spec, and the precision its engine will have."""
+    if _is_checkpoint(source):
+        if options.precision != "auto" or options.overrides:
+            raise BuildError(f"{source} is converted already; give --precision and --override to `farrier convert`.")
+        reader = CheckpointReader(source)
+        quantized = {reader.dtype(name) for name in reader.names} & {"int8", "int4"}
+        # int4 checkpoints keep some layers in int8: the smaller type is what names the engine.
+        return reader.spec, min(quantized, default=reader.dtype("layers.0.q.weight"))
+    spec = from_hf_config(read_json(source / "config.json"), max_seq_len=options.max_seq_len)
+    if options.precision != "auto":
+        return spec, options.precision
+    largest = max(source_tensors(source).values(), key=lambda info: info.stop - info.start)
+    return spec, _SAFETENSORS_PRECISION.get(largest.dtype, "f32")
+
+
+def _is_checkpoint(source: Path) -> bool:
+    return (source / WEIGHTS_FILE).is_file()
+
+
+def _ceilings(spec: DecoderSpec, options: BuildOptions) -> Ceilings:
+    longest = spec.max_positions
+    max_seq_len = options.max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
+    if max_seq_len > longest:
+        raise BuildError(f"The model knows {longest} positions; build with --max-seq-len {longest} or less.")
+    if options.max_num_tokens < options.max_batch_size:
+        raise BuildError(
+            f"A step of {options.max_num_tokens} tokens cannot hold {options.max_batch_size} sequences; "
+            f"build with --max-num-tokens {options.max_batch_size} or more."
+        )
+    return Ceilings(options.max_batch_size, options.max_num_tokens, max_seq_len)
+
+
+def _estimate(
+    backend: Backend,
+    source: Path,
+    spec: DecoderSpec,
+    precision: str,
+    options: BuildOptions,
+    ceilings: Ceilings,
+    kv_dtype: KvDtype,
+) -> Estimate:
+    if _is_checkpoint(source):
+        weights = backend.packed_bytes(CheckpointReader(source))
+        disk = weights
+    else:
+        chosen = precisions(spec, precision, options.overrides)
+        shapes = spec.tensors()
+        weights = sum(math.ceil(math.prod(shape) * _bytes_per_weight(chosen[name])) for name, shape in shapes.items())
+        disk = 2 * weights  # the converted checkpoint and the engine, for a moment side by side
+    kv_one = math.ceil(ceilings.max_seq_len / backend.block_size) * backend.kv_bytes_per_block(spec, kv_dtype)
+    return Estimate(disk, weights, kv_one, kv_one * ceilings.max_batch_size)
+
+
+def _bytes_per_weight(precision: str) -> float:
+    # What keeps its source's type ("auto") beside quantized weights is mostly the embedding, in 16 bits.
+    return _BYTES_PER_WEIGHT.get(precision, 2.0)
+
+
+def _check_resources(estimate: Estimate, target: Target, place: Path) -> None:
+    free = shutil.disk_usage(place).free
+    if free < estimate.disk:
+        raise InsufficientResourcesError(
+            f"The build needs {_mb(estimate.disk)} on disk, {_mb(free)} are free; make room or build elsewhere."
+        )
+    needed, budget = estimate.weights + estimate.kv_one, memory_budget(target)
+    if budget < needed:
+        raise InsufficientResourcesError(
+            f"The engine needs {_mb(needed)} of memory (weights {_mb(estimate.weights)}, KV of one sequence "
+            f"{_mb(estimate.kv_one)}), {_mb(budget)} are available; build with a smaller --precision or --max-seq-len."
+        )
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def _identity(
+    source: Path, options: BuildOptions, ceilings: Ceilings, kv_dtype: KvDtype, fingerprint: Fingerprint
+) -> str:
+    """Equal for builds that give the same engine: a digest of the source's content and all that was decided."""
+    if _is_checkpoint(source):
+        files = sorted(path for path in source.rglob("*") if path.is_file())
+    else:
+        files = model_files(source)
+    decided = {
+        "sources": {str(path.relative_to(source)): file_digest(path) for path in files},
+        "name": options.name or source.resolve().name,
+        "precision": options.precision,
+        "overrides": list(options.overrides.items()),
+        "ceilings": asdict(ceilings),
+        "kv_dtype": kv_dtype,
+        "fingerprint": asdict(fingerprint),
+        "farrier": __version__,
+    }
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+
+
+def _reusable(out: Path, identity: str) -> EngineConfig | None:
+    if not out.exists():
+        return None
+    try:
+        config = read_config(out)
+        whole = config.source_digest == identity and damaged_file(out, config) is None
+    except FarrierError:  # of another ABI, or damaged: to be replaced
+        return None
+    return config if whole else None
+
+
+def _checkpoint(
+    source: Path, partial: Path, ceilings: Ceilings, options: BuildOptions, progress: Callable[[str], Progress]
+) -> tuple[CheckpointReader, tuple[str, ...]]:
+    if _is_checkpoint(source):
+        return CheckpointReader(source), ()
+    conversion = convert(
+        source,
+        partial / "checkpoint",
+        precision=options.precision,
+        overrides=options.overrides,
+        max_seq_len=ceilings.max_seq_len,
+        progress=progress("Converting"),
+    )
+    return CheckpointReader(conversion.path), conversion.warnings
+
+
+def _sealed(partial: Path, config: EngineConfig) -> EngineConfig:
+    """Writes config.json with the digests of all other files, last of all, and reads them once more."""
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    config = replace(config, files={str(path.relative_to(partial)): file_digest(path) for path in files})
+    write_config(partial, config)
+    read_config(partial)
+    return config
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Publishes `partial` as `out`; an engine that was there goes, but stays valid for those that have it open."""
+    old = partial.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    publish(partial, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InsufficientResourcesError(
+                f"The disk that {out} is to be on is full; nothing was written."
+            ) from error
+        raise BuildError(f"Cannot write {out}: {error.strerror}.") from error

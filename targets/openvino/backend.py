@@ -1,0 +1,70 @@
+"""The CPU backend: what it can build, what that takes, how it loads."""
+
+import importlib.metadata
+from contextlib import closing
+from pathlib import Path
+
+from farrier.targets.backend import Progress
+from farrier.targets.checkpoint import WEIGHTS_FILE, CheckpointReader
+from farrier.targets.decoder import DecoderSpec
+from farrier.targets.engine import ENGINE_ABI, Engine, EngineConfig, Fingerprint, KvDtype
+from farrier.targets.errors import BuildError
+from farrier.targets.openvino.layout import BLOCK_SIZE, kv_bytes_per_block
+from farrier.targets.openvino.pack import packed_bytes, plan, write_engine_file
+from farrier.targets.target import Target
+from farrier.targets.tensorfile import TensorFile
+
+ENGINE_FILE = "rank0.engine"
+
+
+class OpenVinoBackend:
+    name = "openvino"
+    block_size = BLOCK_SIZE
+
+    def fingerprint(self, target: Target, precision: str, kv_dtype: KvDtype) -> Fingerprint:
+        # An f32 cache means f32 arithmetic to OpenVINO, a bf16 one bf16; a u8 one goes with either.
+        computes_bf16 = kv_dtype == "bf16" or (kv_dtype == "u8" and precision == "bf16" and target.cpu.native_bf16)
+        return self._fingerprint(target, ("bf16",) if computes_bf16 else ())
+
+    def here(self, target: Target) -> Fingerprint:
+        return self._fingerprint(target, ("bf16",) if target.cpu.native_bf16 else ())
+
+    def _fingerprint(self, target: Target, features: tuple[str, ...]) -> Fingerprint:
+        # OpenVINO promises nothing about its PagedAttention operation beyond a minor version.
+        version = ".".join(importlib.metadata.version("openvino").split(".")[:2])
+        return Fingerprint(ENGINE_ABI, self.name, target.cpu.architecture, features, (("openvino", version),))
+
+    def kv_dtype(self, spec: DecoderSpec, target: Target, precision: str, asked: KvDtype | None) -> KvDtype:
+        if spec.attention_softcap is not None:
+            if asked not in (None, "f32"):
+                raise BuildError(
+                    f"Soft-capped attention ({spec.architecture}) keeps its KV cache in f32 on the CPU; "
+                    "build with --kv-dtype f32."
+                )
+            return "f32"
+        if asked == "bf16" and not target.cpu.native_bf16:
+            raise BuildError(f"{target.cpu.name} has no bf16 instructions; build with --kv-dtype f32 or u8.")
+        if asked == "bf16" and precision == "f32":
+            raise BuildError(
+                "An f32 engine keeps its KV cache in f32 or u8; build with --kv-dtype f32, or --precision bf16."
+            )
+        if asked is not None:
+            return asked
+        return "bf16" if precision == "bf16" and target.cpu.native_bf16 else "f32"
+
+    def kv_bytes_per_block(self, spec: DecoderSpec, kv_dtype: KvDtype) -> int:
+        return kv_bytes_per_block(spec, kv_dtype)
+
+    def packed_bytes(self, checkpoint: CheckpointReader) -> int:
+        with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as weights:
+            return packed_bytes(plan(checkpoint.spec, weights.tensors))
+
+    def pack(self, checkpoint: CheckpointReader, directory: Path, progress: Progress | None) -> None:
+        with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as weights:
+            items = plan(checkpoint.spec, weights.tensors)
+            write_engine_file(directory / ENGINE_FILE, items, weights.tensors, progress)
+
+    def load(self, directory: Path, config: EngineConfig) -> Engine:
+        from farrier.targets.openvino.executor import OpenVinoEngine  # OpenVINO itself is needed only from here on
+
+        return OpenVinoEngine.load(directory / ENGINE_FILE, config)
