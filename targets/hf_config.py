@@ -99,7 +99,7 @@ def _decoder(settings: Settings, architecture: str, family: _Family, max_seq_len
         ropes=tuple(rope.spec(max_seq_len or max_positions) for rope in ropes),
         max_positions=max_positions,
         norm_eps=settings.number("rms_norm_eps", 1e-6),
-        attention_scale=1 / math.sqrt(settings.number("query_pre_attn_scalar") if gemma else head_dim),
+        attention_scale=float(settings.number("query_pre_attn_scalar") if gemma else head_dim) ** -0.5,
         activation=_activation(settings, family),
         qkv_bias=family.qkv_bias or attention_bias,
         o_bias=attention_bias,
@@ -270,7 +270,7 @@ def _ropes(settings: Settings, family: _Family, head_dim: int) -> list[RopeParam
 
 def _rope(settings: Settings, family: _Family, stated: dict[str, Any], head_dim: int) -> RopeParameters:
     parameters = Settings(stated, "the rope parameters of config.json")
-    kind = parameters.raw("rope_type") or parameters.raw("type") or "default"
+    kind = parameters.text("rope_type", parameters.text("type", "default"))
     if family.partial_rotary and kind in ("su", "yarn"):
         kind = "longrope"  # early names of it, in Phi-3 only
     if kind not in _ROPE_KINDS:
