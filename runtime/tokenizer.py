@@ -68,6 +68,11 @@ class Tokenizer:
         return self._bytes.special_ids
 
     @cached_property
+    def added_token_ids(self) -> frozenset[int]:
+        """Tokens that are matched as a whole before the text around them is encoded: special tokens, and others."""
+        return frozenset(self._backend.get_added_tokens_decoder())
+
+    @cached_property
     def special_tokens_pattern(self) -> re.Pattern[str]:
         """Matches the text of any special token, the longest where several begin."""
         tokens = [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]

@@ -1,4 +1,4 @@
-"""The parser of one message's tool calls; a subclass for each format (the contract of this package)."""
+"""The contract of this package: what reads one message's tool calls."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -7,17 +7,14 @@ from typing import Any, Literal
 from farrier.runtime.sampling_params import GuidedDecoding
 from farrier.runtime.tools.events import ToolEvent
 
-ToolChoice = Literal["auto", "required"] | str
-"""`auto`, `required`, or the name of the one function that must be called."""
-
 
 class ToolParser(ABC):
-    """Reads one message, as text that arrives in pieces, into content and tool calls. Make one for each message.
+    """Reads one message, as text that arrives in pieces, into content and tool calls. Make one for each message."""
 
-    needs_special_tokens: the calls are marked with special tokens: generate with `skip_special_tokens=False`.
-    """
-
-    needs_special_tokens: bool
+    @property
+    @abstractmethod
+    def needs_special_tokens(self) -> bool:
+        """The calls are marked with special tokens: generate with `skip_special_tokens=False`."""
 
     @abstractmethod
     def feed(self, text: str) -> list[ToolEvent]:
@@ -29,10 +26,13 @@ class ToolParser(ABC):
 
     @abstractmethod
     def guide_for(
-        self, tools: Sequence[Mapping[str, Any]], tool_choice: ToolChoice, *, parallel: bool = True
+        self, tools: Sequence[Mapping[str, Any]], tool_choice: Literal["auto", "required"], *, parallel: bool = True
     ) -> GuidedDecoding | None:
         """A grammar that makes the calls well-formed, their arguments following the tools' schemas.
 
-        tools: as in OpenAI's API. parallel: several calls in one message are allowed. None: with `auto`, this
-        format's calls cannot be told from text as they begin, so nothing is constrained.
+        tools: as in OpenAI's API; a schema's keywords that grammars do not know are an error with `strict`, else not
+        enforced. To demand one function, give that one only. tool_choice: whether the message may be text instead.
+        parallel: whether it may hold several calls. None: text that begins a call cannot be told from other text,
+        so `auto` constrains nothing.
+        Raises RequestError when a tool's parameters are no object schema.
         """

@@ -1,6 +1,8 @@
-"""Two small tokenizers, trained on a few lines, saved as Hugging Face folders."""
+"""Small tokenizers, trained on a few lines, saved as Hugging Face folders."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,19 @@ LINES = [
     "naïve café, 你好世界, Привет мир, 🙂 👩‍👩‍👧",
 ]
 CONTROL_TOKENS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "[TOOL_CALLS]", "<|tool|>"]
+
+TEMPLATES = Path(__file__).parents[1] / "fixtures" / "chat_templates"
+CONTROL_TOKENS_OF = {
+    "llama-3.1": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"],
+    "mistral-v0.3": ["[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
+    "qwen2.5": ["<|endoftext|>"],
+    "qwen3": ["<|endoftext|>"],
+    "gemma-2": ["<start_of_turn>", "<end_of_turn>"],
+    "gemma-3": ["<start_of_turn>", "<end_of_turn>"],
+    "phi-3": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+    "phi-4": ["<|im_sep|>"],
+    "phi-4-mini": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|/tool|>", "<|tool_response|>"],
+}
 
 
 def save(backend: Backend, folder: Path, **config: object) -> Path:
@@ -85,3 +100,23 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     """Each of the two in turn."""
     loaded: Tokenizer = request.getfixturevalue(request.param)
     return loaded
+
+
+@pytest.fixture(scope="session")
+def chat_folder(byte_level_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a model with the control tokens and the chat template of a family, or with a template's source."""
+    folders: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in folders:
+            folder = folders[family] = tmp_path_factory.mktemp("chat") / "model"
+            shutil.copytree(byte_level_folder, folder)
+            backend = Backend.from_file(str(folder / "tokenizer.json"))
+            tokens = CONTROL_TOKENS_OF.get(family, [])
+            backend.add_special_tokens([AddedToken(token, special=True) for token in tokens])
+            backend.save(str(folder / "tokenizer.json"))
+            source = (TEMPLATES / f"{family}.jinja").read_text() if family in CONTROL_TOKENS_OF else family
+            (folder / "chat_template.jinja").write_text(source)
+        return folders[family]
+
+    return make

@@ -1,13 +1,14 @@
+import functools
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
@@ -16,18 +17,7 @@ from farrier.runtime.chat import render
 from farrier.runtime.tokenizer import Tokenizer
 from farrier.targets.errors import EngineError, RequestError
 
-TEMPLATES = Path(__file__).parents[1] / "fixtures" / "chat_templates"
-FAMILIES = {
-    "llama-3.1": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"],
-    "mistral-v0.3": ["[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
-    "qwen2.5": ["<|endoftext|>"],
-    "qwen3": ["<|endoftext|>"],
-    "gemma-2": ["<start_of_turn>", "<end_of_turn>"],
-    "gemma-3": ["<start_of_turn>", "<end_of_turn>"],
-    "phi-3": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
-    "phi-4": ["<|im_sep|>"],
-    "phi-4-mini": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|/tool|>", "<|tool_response|>"],
-}
+FAMILIES = sorted(path.stem for path in (Path(__file__).parents[1] / "fixtures" / "chat_templates").glob("*.jinja"))
 WITH_SYSTEM = [family for family in FAMILIES if family != "gemma-2"]
 WITH_TOOLS = ["llama-3.1", "mistral-v0.3", "qwen2.5", "qwen3", "phi-4-mini"]
 
@@ -54,20 +44,13 @@ CALLING = [
 
 
 @pytest.fixture(scope="module")
-def load(byte_level_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def load(chat_folder: Callable[[str], Path]) -> Any:
     """(tokenizer, transformers' tokenizer) of a family, or of a template's source."""
-    loaded: dict[str, tuple[Tokenizer, PreTrainedTokenizerFast]] = {}
 
+    @functools.cache
     def load(family: str) -> tuple[Tokenizer, PreTrainedTokenizerFast]:
-        if family not in loaded:
-            folder = Path(shutil.copytree(byte_level_folder, tmp_path_factory.mktemp("chat") / "model"))
-            backend = Backend.from_file(str(folder / "tokenizer.json"))
-            backend.add_special_tokens([AddedToken(token, special=True) for token in FAMILIES.get(family, [])])
-            backend.save(str(folder / "tokenizer.json"))
-            source = (TEMPLATES / f"{family}.jinja").read_text() if family in FAMILIES else family
-            (folder / "chat_template.jinja").write_text(source)
-            loaded[family] = Tokenizer.load(folder), PreTrainedTokenizerFast.from_pretrained(folder)
-        return loaded[family]
+        folder = chat_folder(family)
+        return Tokenizer.load(folder), PreTrainedTokenizerFast.from_pretrained(folder)
 
     return load
 
