@@ -1,6 +1,6 @@
 """Every family against transformers, through convert, build and the runtime: small random models in f32."""
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,22 @@ transformers = pytest.importorskip("transformers", reason="the reference impleme
 PROMPT_LENGTH, NEW_TOKENS = 90, 32
 MAX_NUM_TOKENS = 24  # smaller than the prompt, so that the runtime prefills in chunks
 
-Case = tuple[Any, Path]
+PROMPTS = ((1, PROMPT_LENGTH), (2, 50))
+"""(seed, length)"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """The reference model, the engine built from its files, and the reference's greedy continuations of PROMPTS."""
+
+    model: Any
+    engine: Path
+    continuations: list[list[int]]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    """The reference model and the engine built from its files."""
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    torch.set_num_threads(1)  # two pools of spinning threads on one machine slow each other down
     folder = tmp_path_factory.mktemp(request.param)
     save_tiny(request.param, folder / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -32,7 +42,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     ).eval()
     options = BuildOptions(max_num_tokens=256, max_batch_size=4)
     build(folder / "model", folder / "engine", select_target(detect(), "cpu"), options)
-    return model, folder / "engine"
+    return Case(model, folder / "engine", [_generate(model, prompt(*described)) for described in PROMPTS])
 
 
 def prompt(seed: int, length: int = PROMPT_LENGTH) -> list[int]:
@@ -67,13 +77,13 @@ def logprobs(engine: Engine, token_ids: list[int], start: int, blocks: list[int]
 
 
 def test_logits(case: Case) -> None:
-    model, path = case
+    model = case.model
     tokens = prompt(1)
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0]
     expected = torch.log_softmax(logits, -1).numpy()
     scale = float(logits.abs().max())
-    engine = load_engine(path)
+    engine = load_engine(case.engine)
     engine.allocate(16)
     try:
         whole = logprobs(engine, tokens, 0, [3, 1, 5])
@@ -93,34 +103,34 @@ def test_logits(case: Case) -> None:
         engine.close()
 
 
-def test_greedy_tokens(case: Case, tmp_path: Path) -> None:
-    model, path = case
-    prompts = [prompt(1), prompt(2, 50), prompt(1)[:70] + prompt(3, 10)]
-    expected = [_generate(model, tokens) for tokens in prompts]
-    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
-    requests = [{"prompt_token_ids": tokens} for tokens in prompts]
-    with LLM(path, kv_blocks=32) as llm:
-        together = llm.generate(requests, params)
-        assert [result.outputs[0].token_ids for result in together] == expected
-        again = llm.generate(requests, params)
-        assert [result.outputs[0].token_ids for result in again] == expected
-        assert again[0].num_cached_tokens >= 64
+def test_greedy_tokens(case: Case) -> None:
+    with LLM(case.engine, kv_blocks=32) as llm:
+        assert _continue(llm) == case.continuations
+        results = llm.generate(_requests(), GREEDY)
+    assert [result.outputs[0].token_ids for result in results] == case.continuations
+    assert results[0].num_cached_tokens >= 64
 
 
 def test_greedy_tokens_prefilled_in_chunks(case: Case, tmp_path: Path) -> None:
-    model, path = case
-    source = path.parent / "model"
     options = BuildOptions(max_num_tokens=MAX_NUM_TOKENS, max_batch_size=4)
-    build(source, tmp_path / "engine", select_target(detect(), "cpu"), options)
-    prompts = [prompt(1), prompt(2, 50)]
-    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    build(case.engine.parent / "model", tmp_path / "engine", select_target(detect(), "cpu"), options)
     with LLM(tmp_path / "engine", kv_blocks=32) as llm:
-        results = llm.generate([{"prompt_token_ids": tokens} for tokens in prompts], params)
-    assert [result.outputs[0].token_ids for result in results] == [_generate(model, tokens) for tokens in prompts]
+        assert _continue(llm) == case.continuations
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+
+
+def _requests() -> list[dict[str, list[int]]]:
+    return [{"prompt_token_ids": prompt(*described)} for described in PROMPTS]
+
+
+def _continue(llm: LLM) -> list[list[int]]:
+    return [result.outputs[0].token_ids for result in llm.generate(_requests(), GREEDY)]
 
 
 def _generate(model: Any, tokens: list[int]) -> list[int]:
-    """Greedy continuation, the whole sequence recomputed at every token: no cache to go wrong."""
+    """The reference's greedy continuation, the whole sequence recomputed at every token: no cache to go wrong."""
     sequence = list(tokens)
     with torch.no_grad():
         for _ in range(NEW_TOKENS):
