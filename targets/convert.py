@@ -259,7 +259,7 @@ def _refuse_unless_same(out: Path, config: CheckpointConfig) -> None:
     for field in fields(CheckpointConfig):
         if getattr(there, field.name) != getattr(config, field.name):
             raise BuildError(
-                f"{out} holds another conversion (its {field.name} differs); remove it or choose another place"
+                f"{out} holds another conversion (they differ in '{field.name}'); remove it or choose another place"
             )
 
 
