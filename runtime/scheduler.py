@@ -190,7 +190,6 @@ class Scheduler:
             self._promised -= self._blocks_for(sequence.max_len - 1) - len(sequence.block_ids)
         self.pool.release(sequence.block_ids)
         del sequence.block_ids[:]
-        sequence.num_computed = sequence.num_published = 0
         sequence.is_running = False
         self._is_full = False
 
