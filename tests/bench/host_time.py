@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
 from farrier.runtime.core import CoreOptions, EngineCore
 from farrier.runtime.intake import Intake
 from farrier.runtime.sampling_params import SamplingParams
