@@ -32,7 +32,8 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     result: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for layer in range(config["num_hidden_layers"]):
         p = f"model.layers.{layer}."
-        result |= {p + f"self_attn.{name}_proj.weight": (rows, hidden) for name, rows in zip("qkv", (hidden, kv, kv))}
+        attention = {"q": hidden, "k": kv, "v": kv}
+        result |= {p + f"self_attn.{name}_proj.weight": (rows, hidden) for name, rows in attention.items()}
         result |= {p + "self_attn.o_proj.weight": (hidden, hidden), p + "mlp.down_proj.weight": (hidden, inner)}
         result |= {p + f"mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
         result |= {p + f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
