@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from farrier import __version__
-from farrier.agent.commands import build, convert, detect, inspect, serve
+from farrier.agent.commands import bench, build, convert, detect, inspect, serve
 from farrier.agent.console import errors_console
 from farrier.targets.errors import FarrierError
 
@@ -23,6 +23,7 @@ app.command("convert")(convert.convert_command)
 app.command("build")(build.build_command)
 app.command("inspect")(inspect.inspect_command)
 app.command("serve")(serve.serve_command)
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(asked: bool) -> None:

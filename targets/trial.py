@@ -10,7 +10,7 @@ def trial_step(engine: Engine) -> None:
     """Runs one step on `engine` and closes it. Raises BuildError unless it gives a token of the vocabulary."""
     try:
         engine.allocate(1)
-        token = int(engine.step(_one_token()).wait().token_ids[0])
+        token = int(engine.step(one_token()).wait().token_ids[0])
     finally:
         engine.close()
     if not 0 <= token < engine.config.spec.vocab_size:
@@ -19,7 +19,8 @@ def trial_step(engine: Engine) -> None:
         )
 
 
-def _one_token() -> Batch:
+def one_token() -> Batch:
+    """The smallest step there is: token 0 at position 0, in block 0."""
     zero, bounds = np.zeros(1, np.int32), np.array([0, 1], np.int32)
     return Batch(
         token_ids=zero,

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -62,13 +62,11 @@ def _announce(url: str, engine: Path, name: str | None, needs_key: bool) -> None
     config = read_config(engine)
     model = name or config.model
     key = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
+    path = "completions"
+    body: dict[str, Any] = {"model": model, "prompt": [1, 2, 3], "max_tokens": 8}
     if config.has_tokenizer:
-        path, body = (
-            "chat/completions",
-            {"model": model, "messages": [{"role": "user", "content": "Hello, who are you?"}]},
-        )
-    else:
-        path, body = "completions", {"model": model, "prompt": [1, 2, 3], "max_tokens": 8}
+        path = "chat/completions"
+        body = {"model": model, "messages": [{"role": "user", "content": "Hello, who are you?"}]}
     errors_console().print(f"Serving {model} at {url} (pid {os.getpid()}). Try:", highlight=False, soft_wrap=True)
     line = f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
     typer.echo(line)

@@ -13,6 +13,7 @@ from farrier.targets.openvino.graph import build_graph
 from farrier.targets.openvino.weights import EngineWeights
 from farrier.targets.sampling import sample
 from farrier.targets.tensorfile import TensorFile
+from farrier.targets.trial import one_token
 
 
 def compile_options(config: EngineConfig) -> dict[str, Any]:
@@ -77,6 +78,10 @@ class OpenVinoEngine:
                 f"A KV pool of {num_blocks} blocks does not fit into memory; ask for fewer."
             ) from error
         self._allocated = True
+        # The plugin packs each weight when it first runs: now, while its source pages can be handed back.
+        assert self._file is not None
+        with self._file.trimmed():
+            self.step(one_token()).wait()
 
     def step(self, batch: Batch) -> "_Handle":
         token_ids = self._resolve(batch.token_ids)
