@@ -71,12 +71,12 @@ def _adjust(raw: Float32, row: int, arrays: SamplingArrays) -> Float32:
     start, end = arrays.history_starts[row : row + 2]
     if end > start:
         x = raw.copy() if x is raw else x
-        seen = np.unique(arrays.history_ids[start:end])
+        # Where a token repeats, the same value is written twice; only the frequency penalty adds up.
+        history, output = arrays.history_ids[start:end], arrays.history_ids[arrays.output_starts[row] : end]
         factor = arrays.repetition_penalty[row]
-        x[seen] = np.where(x[seen] > 0, x[seen] / factor, x[seen] * factor)
-        output, counts = np.unique(arrays.history_ids[arrays.output_starts[row] : end], return_counts=True)
-        penalty = arrays.frequency_penalty[row] * counts.astype(np.float32) + arrays.presence_penalty[row]
-        x[output] -= penalty
+        x[history] = np.where(x[history] > 0, x[history] / factor, x[history] * factor)
+        x[output] = x[output] - arrays.presence_penalty[row]
+        np.subtract.at(x, output, arrays.frequency_penalty[row])
     return x
 
 
@@ -118,11 +118,16 @@ def _top(x: Float32, count: int) -> npt.NDArray[np.int64]:
 
 def _nucleus(weights: Float32, top_p: float) -> Float32:
     """`weights` with zeros outside the smallest set of likeliest tokens that holds `top_p` of the mass."""
-    total = float(weights.sum(dtype=np.float64))
-    # All weights below this bound together hold less than 1 - top_p: none is in the nucleus, none need be sorted.
-    likely = weights[weights >= (1 - top_p) * total / len(weights)]
+    mass = top_p * float(weights.sum(dtype=np.float64))
+    # Only the likeliest tokens that surely hold the nucleus need be sorted.
+    bound = 1.0
+    while True:
+        bound /= 16
+        likely = weights[weights >= bound]
+        if likely.sum(dtype=np.float64) >= mass:
+            break
     ranked = np.sort(likely)[::-1]
-    size = min(int(np.searchsorted(np.cumsum(ranked, dtype=np.float64), top_p * total)) + 1, len(ranked))
+    size = min(int(np.searchsorted(np.cumsum(ranked, dtype=np.float64), mass)) + 1, len(ranked))
     threshold = ranked[size - 1]
     nucleus = np.where(weights >= threshold, weights, np.float32(0))
     surplus = np.count_nonzero(nucleus) - size
