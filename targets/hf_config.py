@@ -113,7 +113,7 @@ def _decoder(settings: Settings, architecture: str, family: _Family, max_seq_len
         experts=family.experts(settings) if family.experts else None,
         tied_embeddings=settings.flag("tie_word_embeddings"),
     )
-    settings.refuse_unasked(_IRRELEVANT)
+    settings.refuse_unasked(_IRRELEVANT, {**_IMPLIED, "use_qk_norm": family.qk_norm})
     return spec
 
 
@@ -367,7 +367,7 @@ _IRRELEVANT = frozenset(
     torchscript chunk_size_feed_forward pruned_heads attn_implementation language
 
     initializer_range attention_dropout resid_pdrop embd_pdrop hidden_dropout router_aux_loss_coef router_jitter_noise
-    output_router_logits pretraining_tp gradient_checkpointing
+    neftune_noise_alpha output_router_logits pretraining_tp gradient_checkpointing
 
     bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id tokenizer_class prefix
     max_length min_length do_sample temperature top_k top_p typical_p num_beams num_beam_groups diversity_penalty
@@ -381,3 +381,13 @@ _IRRELEVANT = frozenset(
 )
 """Keys that do not change what a model computes: about the file, about training, about generation; and keys that
 some classes have but do not use."""
+
+_IMPLIED = {
+    "is_llama_config": True,
+    "activation": "swiglu",
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+    "shared_expert_intermediate_size": 0,
+}
+"""Keys that no class reads, with the value at which they describe what the class does anyway. Seen in SmolLM2,
+Falcon 3, Phi-4-mini and Qwen3-Coder."""

@@ -84,14 +84,16 @@ class Settings:
             f"'{key}' = {_shown(self._values.get(key))} in {self._where} is not supported: {why}"
         )
 
-    def refuse_unasked(self, irrelevant: Iterable[str] = ()) -> None:
+    def refuse_unasked(self, irrelevant: Iterable[str] = (), implied: Mapping[str, Any] | None = None) -> None:
         """Raises UnsupportedModelError for the first key that is set and that nothing has asked for.
 
-        Null and false switch a setting off, whatever it is.
+        Null and false switch a setting off, whatever it is; at its value in `implied` it says nothing new.
         """
         known = self._asked.union(irrelevant)
         for key, value in self._values.items():
-            if key not in known and not key.startswith("_") and value is not None and value is not False:
+            if key in known or key.startswith("_") or value is None or value is False:
+                continue
+            if value != (implied or {}).get(key):
                 raise self.unsupported(
                     key, "this setting is unknown; remove it if it does not change what the model computes"
                 )

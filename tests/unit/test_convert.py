@@ -403,6 +403,27 @@ def test_tables_that_old_checkpoints_store_are_ignored(model: Path, out: Path) -
     convert(model, out)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "head"),
+    [
+        ("", "lm_head.weight"),
+        ("language_model.model.", "language_model.lm_head.weight"),
+        ("model.language_model.", "lm_head.weight"),
+    ],
+)
+def test_other_prefixes_of_the_names(model: Path, tmp_path: Path, out: Path, prefix: str, head: str) -> None:
+    convert(model, tmp_path / "plain")
+
+    def rename(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            new = head if name == "lm_head.weight" else prefix + name.removeprefix("model.")
+            tensors[new] = tensors.pop(name)
+
+    rewrite(model, rename)
+    convert(model, out)
+    assert (out / "rank0.safetensors").read_bytes() == (tmp_path / "plain" / "rank0.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("dtype", ["F64", "I8"])
 def test_weights_of_another_type(tmp_path: Path, out: Path, dtype: str) -> None:
     write_llama(tmp_path / "llama", dtype=dtype)

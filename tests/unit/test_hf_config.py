@@ -545,6 +545,25 @@ def test_what_is_not_supported_is_refused_by_name(base: dict[str, Any], changes:
         from_hf_config({**base, **changes})
 
 
+@pytest.mark.parametrize(
+    ("base", "key", "harmless", "harmful"),
+    [
+        (LLAMA, "is_llama_config", True, "no"),
+        (LLAMA, "activation", "swiglu", "geglu"),
+        (PHI4_MINI, "full_attn_mod", 1, 2),
+        (PHI4_MINI, "interpolate_factor", 1, 2),
+        (QWEN3_MOE, "shared_expert_intermediate_size", 0, 512),
+        (QWEN3_MOE, "use_qk_norm", True, "always"),
+    ],
+)
+def test_settings_that_state_the_obvious(base: dict[str, Any], key: str, harmless: Any, harmful: Any) -> None:
+    assert from_hf_config({**base, key: harmless}) == from_hf_config(base)
+    with pytest.raises(UnsupportedModelError, match=key):
+        from_hf_config({**base, key: harmful})
+    with pytest.raises(UnsupportedModelError, match="use_qk_norm"):
+        from_hf_config({**LLAMA, "use_qk_norm": True})
+
+
 @pytest.mark.parametrize("key", ["alibi", "some_new_feature"])
 def test_unknown_settings_that_are_off_are_harmless(key: str) -> None:
     for value in (None, False):
