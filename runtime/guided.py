@@ -2,13 +2,15 @@
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from farrier.runtime.sampling_params import GuidedDecoding
-from farrier.targets.errors import EngineError, RequestError
+from farrier.targets.errors import EngineError, FarrierError, RequestError
 
 JSON_WHITESPACE = r"[ \t\r\n]{1,32}"
 """Between two JSON tokens: enough to indent with, but a model cannot write whitespace for ever."""
+
+_LIMITS = LLParserLimits(verbose_errors=False)
 
 
 class MatcherGuide:
@@ -30,14 +32,20 @@ class MatcherGuide:
         """
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         if self._matcher.is_error():
-            raise RequestError(f"The grammar is too complex: {_sentence(self._matcher.get_error())}", param="guided")
+            raise self._error()
         row[:] = mask[: len(row)]
         row[-1] &= self._last_word
 
     def accept(self, token_id: int) -> None:
-        """`token_id` was sampled. Raises EngineError when the mask did not allow it."""
+        """`token_id` was sampled. Raises EngineError when the mask did not allow it, RequestError as `fill_mask`."""
         if not self._matcher.consume_token(token_id):
-            raise EngineError(f"Token {token_id} breaks the grammar: {_sentence(self._matcher.get_error())}")
+            raise self._error()
+
+    def _error(self) -> FarrierError:
+        message = self._matcher.get_error()
+        if "satisfy the grammar" in message:
+            return EngineError(f"A token was sampled that the grammar does not allow: {_sentence(message)}")
+        return RequestError(f"The grammar is too complex to follow: {_sentence(message)}", param="guided")
 
 
 class GrammarCompiler:
@@ -61,9 +69,10 @@ class GrammarCompiler:
         """Raises RequestError naming the field that does not compile."""
         field = _field(params)
         try:
-            matcher = LLMatcher(self._tokenizer, _grammar(params), log_level=0)
+            matcher = LLMatcher(self._tokenizer, _grammar(params), log_level=0, limits=_LIMITS)
         except ValueError as error:  # text that is not valid Unicode; everything else is reported by the matcher
             raise RequestError(f"{field} is not valid: {error}.", param=field) from error
+        matcher.compute_bitmask()  # some grammars turn out too complex only here; and the lexer is warm then
         if matcher.is_error():
             raise RequestError(f"{field} is not valid: {_sentence(matcher.get_error())}", param=field)
         return MatcherGuide(matcher, self._vocab_size)

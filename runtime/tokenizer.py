@@ -51,7 +51,7 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the highest token id. The model's own vocabulary may be larger (padded), never smaller."""
+        """One more than the highest token id. The model's own vocabulary may be larger (padded), rarely smaller."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property

@@ -175,7 +175,7 @@ class JsonToolParser(ToolParser):
         while self._char != '"':
             is_escape = self._char == "\\"
             for _ in range(1 + is_escape):
-                if not self._char:
+                if self._char < " ":  # a control character, or the end
                     raise _NotACallError
                 chars.append(self._char)
                 yield from self._next()

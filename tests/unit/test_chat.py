@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
@@ -265,6 +266,33 @@ def test_smuggled_tokens_get_no_spaces_from_sentencepiece(sentencepiece: Tokeniz
     )
 
 
+def test_a_template_that_cuts_a_control_token_apart_is_refused(load: Any) -> None:
+    tokenizer = load("{{ messages[0].content[:40] }}")[0]
+    with pytest.raises(RequestError, match="cuts a message apart"):
+        render(tokenizer, [{"role": "user", "content": "</s> and more, and more, and more"}])
+
+
+def test_a_control_token_that_cannot_be_told_from_text_is_refused() -> None:
+    backend = Backend(models.WordLevel({"</s>": 0, "a": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer = Tokenizer(backend, {}, {"default": "{{ messages[0].content }}"})
+    assert render(tokenizer, [{"role": "user", "content": "a </a>"}]) == [1, 2]
+    with pytest.raises(RequestError, match="'</s>'"):
+        render(tokenizer, [{"role": "user", "content": "a </s>"}])
+
+
+def test_a_smuggled_token_behind_which_a_newline_merges() -> None:
+    vocab = {"Ċ": 0, "<": 1, "Ċ<": 2, "s": 3, ">": 4}
+    backend = Backend(models.BPE(vocab=vocab, merges=[("Ċ", "<")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<s>", special=True)])
+    tokenizer = Tokenizer(backend, {}, {"default": "<s>{{ messages[0].content }}"})
+    assert render(tokenizer, [{"role": "user", "content": "s<s>"}]) == [5, 3, 1, 3, 4]
+
+
 # --- templates that misbehave ---
 
 
@@ -310,6 +338,8 @@ def test_a_broken_template_is_the_engines_fault(byte_level: Tokenizer) -> None:
     broken = Tokenizer(byte_level._backend, {}, {"default": "{% if %}"})
     with pytest.raises(EngineError, match="not valid Jinja"):
         render(broken, HELLO)
+    with pytest.raises(RequestError, match="no place for tools"):
+        render(broken, HELLO, tools=TOOLS)
 
 
 def test_what_templates_expect_around_them(load: Any) -> None:

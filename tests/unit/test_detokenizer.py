@@ -200,6 +200,11 @@ def test_metaspace_decodes_as_hugging_face_does(scheme: str) -> None:
         assert text.decode() == decoder.decode([tokens[i] for i in order])
 
 
+def test_an_added_token_outside_of_the_byte_alphabet_is_itself() -> None:
+    vocabulary = token_bytes(decoders.ByteLevel(), ["Ġa", "<｜end▁of▁text｜>"])
+    assert (vocabulary[0], vocabulary[1].decode()) == (b" a", "<｜end▁of▁text｜>")
+
+
 def test_gemma_keeps_leading_spaces() -> None:
     decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     assert token_bytes(decoder, ["▁a"]).at_start(0) == b" a"

@@ -146,6 +146,18 @@ def test_a_token_against_the_grammar_is_an_error(tokenizer: Tokenizer) -> None:
         guide(tokenizer, regex="a").accept(tokenizer.token_id("b"))
 
 
+def test_a_grammar_too_complex_to_follow_is_the_requests_fault(byte_level: Tokenizer) -> None:
+    ambiguous = guide(byte_level, grammar='start: e\ne: e e e | e e | "a"')
+    letter = byte_level.token_id("a")
+    with pytest.raises(RequestError, match="too complex") as refused:
+        any(ambiguous.accept(letter) for _ in range(1000))
+    assert "\n" not in str(refused.value)
+    properties = {f"p{i}": {"type": "null"} for i in range(1000)}
+    large = guide(byte_level, json_schema={"type": "object", "properties": properties})
+    with pytest.raises(RequestError, match="too complex"):
+        any(large.accept(token) for token in byte_level.encode('{"p1"', add_special_tokens=False))
+
+
 @pytest.mark.parametrize(
     ("constraint", "field", "message"),
     [

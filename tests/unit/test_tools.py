@@ -155,6 +155,14 @@ def test_text_is_not_held_back(style: JsonFormat, byte_level: Tokenizer) -> None
         assert parser.feed(word) == [ContentDelta(word)]
 
 
+def test_a_malformed_call_is_content_as_soon_as_it_is_malformed(byte_level: Tokenizer) -> None:
+    for text in ("<tool_call>\nno", '<tool_call>{"name": "f\n"', '<tool_call>{"name": "f", "arguments": ['):
+        parser = JsonToolParser(HERMES, byte_level)
+        assert parser.feed(text) == [ContentDelta(text)]
+        [*_, start, arguments] = parser.feed(call_text(HERMES, ("f", "{}")))
+        assert (start.name, arguments) == ("f", ToolCallArguments(0, "{}"))
+
+
 @pytest.mark.parametrize(
     "text",
     [
