@@ -91,10 +91,10 @@ class Intake:
         reason = f"the engine was built for max_seq_len {limit}"
         if self.num_pool_tokens < limit:
             limit = self.num_pool_tokens
-            reason = f"the KV cache holds {limit}"
+            reason = f"the KV cache holds {limit} tokens"
         if prompt_len >= limit:
             raise RequestError(
-                f"The prompt has {prompt_len} tokens, but prompt and output together have at most {limit - 1} + 1: "
+                f"The prompt has {prompt_len} tokens, but may have at most {limit - 1} to leave room for an output: "
                 f"{reason}; shorten it.",
                 param="prompt",
                 code="context_length_exceeded",

@@ -88,7 +88,6 @@ class Scheduler:
         """The next step; empty only when there is no work."""
         plan = Schedule([], [])
         budget = self.ceilings.max_num_tokens
-        preemptions = self.num_preemptions
         prompts = []
         position = 0
         # Preemption shortens `running` from its end, never before `position`.
@@ -102,8 +101,7 @@ class Scheduler:
                 budget -= 1
         for sequence in prompts:
             budget -= self._compute(sequence, budget, plan)
-        # What was preempted in this step must not take its blocks back in it.
-        while budget and self.waiting and self.num_preemptions == preemptions and self._admit(self.waiting[0]):
+        while budget and self.waiting and self._admit(self.waiting[0]):
             budget -= self._compute(self.waiting.pop(0), budget, plan)
         return plan
 

@@ -181,7 +181,7 @@ def run(scenario: Scenario) -> tuple[EngineCore, dict[int, list[list[Delta]]]]:
 
 
 @pytest.mark.parametrize("policy", get_args(CapacityPolicy))
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_random_traffic(policy: CapacityPolicy, data: st.DataObject) -> None:
     scenario = data.draw(scenarios(policy))
