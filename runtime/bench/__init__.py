@@ -1,1 +1,1 @@
-"""Benchmarks: latency, throughput and serving load."""
+"""Measuring an engine offline, and any OpenAI endpoint over HTTP."""

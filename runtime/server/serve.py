@@ -40,6 +40,8 @@ def serve(
         enable_prefix_caching=options.enable_prefix_caching,
     )
     with listener or _listen(options.host, options.port) as listening:
+        # Connections inherit it. asyncio would set it, but not on those of a socket made without a protocol number.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         asyncio.run(_run(llm, options, listening, on_ready))
 
 
