@@ -7,14 +7,14 @@ from typing import Any
 from farrier.targets.errors import CheckpointError, UnsupportedModelError
 
 _LARGEST_INTEGER = 2**31 - 1
-_LARGEST_NUMBER = 1e30
+_SMALLEST_NUMBER, _LARGEST_NUMBER = 1e-12, 1e12
 _REQUIRED: Any = object()
 
 
 class Settings:
     """One JSON object of a config. Every reader names the offending key in a CheckpointError.
 
-    Null means absent, except that it beats a class default. Numbers are positive.
+    Null means absent, except that it beats a class default. Numbers are positive, of a magnitude that float32 bears.
     """
 
     def __init__(self, values: Any, where: str = "config.json", defaults: Mapping[str, Any] | None = None) -> None:
@@ -43,8 +43,8 @@ class Settings:
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         value = self._value(key, default)
-        if not _is_positive_number(value):
-            raise self.bad(key, "a positive number")
+        if not _is_number(value):
+            raise self.bad(key, f"a number from {_SMALLEST_NUMBER} to {_LARGEST_NUMBER}")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
@@ -52,8 +52,8 @@ class Settings:
 
     def numbers(self, key: str, length: int) -> list[float]:
         values = self._value(key, _REQUIRED)
-        if not isinstance(values, list) or len(values) != length or not all(map(_is_positive_number, values)):
-            raise self.bad(key, f"a list of {length} positive numbers")
+        if not isinstance(values, list) or len(values) != length or not all(map(_is_number, values)):
+            raise self.bad(key, f"a list of {length} numbers from {_SMALLEST_NUMBER} to {_LARGEST_NUMBER}")
         return [float(value) for value in values]
 
     def flag(self, key: str) -> bool:
@@ -107,8 +107,10 @@ class Settings:
         return default
 
 
-def _is_positive_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _LARGEST_NUMBER
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return _SMALLEST_NUMBER <= value <= _LARGEST_NUMBER
 
 
 def _shown(value: Any) -> str:

@@ -74,10 +74,12 @@ def _quantize_int8(values: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
 def _quantize_int4(values: Float32, group_size: int) -> tuple[npt.NDArray[np.uint8], Float32]:
     groups = values.reshape(len(values), -1, group_size)
     largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=2, keepdims=True), axis=2)
-    best_scale, best_error = np.empty_like(largest), np.full_like(largest, np.inf)
+    best_scale = _usable(largest / np.float32(_INT4_LEVELS[0]))
+    best_error = np.full_like(largest, np.inf)
     for level in _INT4_LEVELS:
         scale = _usable(largest / np.float32(level))
-        error = np.square(_int4_levels(groups, scale) * scale - groups).sum(axis=2, keepdims=True)
+        with np.errstate(over="ignore"):  # of values too large to square, whose first scale will do
+            error = np.square(_int4_levels(groups, scale) * scale - groups).sum(axis=2, keepdims=True)
         better = error < best_error
         best_scale, best_error = np.where(better, scale, best_scale), np.where(better, error, best_error)
     nibbles = _int4_levels(groups, best_scale).reshape(values.shape).astype(np.int8).view(np.uint8) & np.uint8(15)

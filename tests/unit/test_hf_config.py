@@ -589,7 +589,10 @@ def test_unknown_settings_that_are_off_are_harmless(key: str) -> None:
         (LLAMA, {"vocab_size": None}, "vocab_size"),
         (LLAMA, {"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
         (LLAMA, {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        (LLAMA, {"rms_norm_eps": 1e-300}, "rms_norm_eps"),
         (LLAMA, {"rope_theta": 0}, "rope_theta"),
+        (LLAMA, {"rope_theta": 1e300}, "rope_theta"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 1e-300}}, "factor"),
         (LLAMA, {"rope_theta": 1}, "rope_theta"),
         (LLAMA, {"tie_word_embeddings": "no"}, "tie_word_embeddings"),
         (LLAMA, {"rope_scaling": "yarn"}, "rope_scaling"),
@@ -626,7 +629,7 @@ def test_a_config_that_is_no_object_is_refused(config: Any) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.floats(0, 1e-6) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )

@@ -73,6 +73,14 @@ def test_zeros_and_denormals_become_zeros(quantization: Quantization) -> None:
     assert not dequantize(stored, scale, quantization).any()
 
 
+@pytest.mark.parametrize("quantization", [INT8, Quantization("int4", 32)])
+@given(arrays(np.float32, (2, 32), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)))
+def test_whatever_is_finite_stays_finite_and_near(quantization: Quantization, values: npt.NDArray[np.float32]) -> None:
+    stored, scale = quantize(values, quantization)
+    error = np.abs(dequantize(stored, scale, quantization).astype(np.float64) - values)
+    assert (error <= 0.26 * np.abs(values).max(axis=1, keepdims=True) + 1e-37).all()
+
+
 @pytest.mark.parametrize(
     ("columns", "wanted", "size"), [(4096, 128, 128), (11008, 128, 128), (96, 128, 32), (192, 128, 64), (80, 128, None)]
 )
