@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -64,22 +65,28 @@ RunServer = Callable[..., AbstractContextManager[str]]
 
 @pytest.fixture(scope="session")
 def run_server(byte_tokenizer: Tokenizer) -> RunServer:
-    """`with run_server(engine, tokenizer=..., **ServerOptions) as url`: a server in a thread of this process."""
+    """`with run_server(engine, tokenizer=..., **ServerOptions) as url`: a server in a thread of this process.
+
+    is_loaded: wait until it has loaded the engine.
+    """
 
     @contextmanager
-    def run(engine: Parrot, *, tokenizer: Tokenizer | None = byte_tokenizer, **options: object) -> Iterator[str]:
+    def run(
+        engine: Parrot, *, tokenizer: Tokenizer | None = byte_tokenizer, is_loaded: bool = True, **options: object
+    ) -> Iterator[str]:
         settings = ServerOptions(**options)  # type: ignore[arg-type]
         llm = AsyncLLM(engine, tokenizer=tokenizer, kv_blocks=1024, max_queue=settings.max_queue)
         server = uvicorn.Server(uvicorn.Config(create_app(llm, settings), log_config=None, log_level="critical"))
         listener = socket.create_server(("127.0.0.1", 0))
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
-            wait_until(lambda: httpx.get(f"{url}/health").status_code == 200)
+            if is_loaded:
+                wait_until(lambda: httpx.get(f"{url}/health").status_code == 200)
             yield url
         finally:
-            engine.go.set()
             server.should_exit = True
             thread.join()
 
@@ -117,3 +124,16 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 def http(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, timeout=60) as opened:
         yield opened
+
+
+def metric(url: str, name: str, **labels: str) -> float:
+    """The value of a metric whose name begins with `farrier:`."""
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    values = [
+        sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == f"farrier:{name}" and labels.items() <= sample.labels.items()
+    ]
+    assert len(values) == 1, f"{name} {labels}: {values}"
+    return values[0]

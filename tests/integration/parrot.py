@@ -1,6 +1,8 @@
 """An engine whose answers are known beforehand."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -20,18 +22,27 @@ class Parrot:
     """An engine without weights. In a chat it repeats the last message; elsewhere it goes on with the alphabet,
     and ends after the z. It reads what it answers to out of its KV cache, which holds the tokens themselves.
 
-    go: cleared, steps wait for it. broken: the next step fails.
+    broken: the next step fails.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, max_batch_size: int = 16, max_seq_len: int = 512) -> None:
         self.config = _config(Ceilings(max_batch_size, 256, max_seq_len))
-        self.go = threading.Event()
-        self.go.set()
         self.broken = False
+        self._steps_left: threading.Semaphore | None = None
         alphabet = tokenizer.encode("abcdefghijklmnopqrstuvwxyz")
         self._next_letter = dict(zip(alphabet, [*alphabet[1:], END], strict=True))
         self._first_letter, self._newline = alphabet[0], tokenizer.encode("\n")[0]
         self._cache = np.empty((0, BLOCK_SIZE), np.int32)
+
+    @contextmanager
+    def held(self, *, after: int = 0) -> Iterator[None]:
+        """Inside, the engine makes `after` more steps and then hangs in the next one."""
+        self._steps_left = steps_left = threading.Semaphore(after)
+        try:
+            yield
+        finally:
+            self._steps_left = None
+            steps_left.release(1_000_000)
 
     def memory(self) -> KvMemory:
         return KvMemory(bytes_per_block=4 * BLOCK_SIZE, max_blocks=4096)
@@ -40,7 +51,8 @@ class Parrot:
         self._cache = np.full((num_blocks, BLOCK_SIZE), -1, np.int32)
 
     def step(self, batch: Batch) -> "Parrot":
-        self.go.wait()
+        if self._steps_left is not None:
+            self._steps_left.acquire()
         if self.broken:
             raise EngineError("The parrot is dead.", code="engine_failed")
         wanted = {}
