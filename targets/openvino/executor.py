@@ -82,6 +82,7 @@ class OpenVinoEngine:
         assert self._file is not None
         with self._file.trimmed():
             self.step(one_token()).wait()
+        self._pending = None
 
     def step(self, batch: Batch) -> "_Handle":
         token_ids = self._resolve(batch.token_ids)
