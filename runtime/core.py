@@ -49,13 +49,18 @@ class EngineCore:
 
     def add(self, sequences: list[Sequence]) -> None:
         """Enqueues the outputs of one request. RequestError if its id is taken, EngineError after a failure."""
-        if self.failure is not None:
-            raise self.failure
+        self.check_alive()
         request_id = sequences[0].request_id
         if request_id in self._requests:
             raise RequestError(f"A request {request_id!r} is already under way; ids must differ.", param="request_id")
         self.scheduler.add(sequences)
         self._requests[request_id] = sequences
+
+    def check_alive(self) -> None:
+        """Raises EngineError if the engine has failed."""
+        if self.failure is not None:
+            # A new one each time: raising the same one again and again would make its traceback grow.
+            raise EngineError(str(self.failure), code=self.failure.code) from self.failure
 
     def abort(self, request_id: str) -> list[Delta]:
         """Ends what is left of a request, in whatever state it is. Nothing happens if it is over or unknown."""
@@ -70,17 +75,18 @@ class EngineCore:
             plan = self.scheduler.schedule()
             batch, sampled = self._packer.pack(plan)
             result = self.engine.step(batch).wait()
+            self.scheduler.commit(plan)
+            self._num_steps += 1
+            return self._unpack(sampled, result)
         except Exception as error:
             return self.fail(error)
-        self.scheduler.commit(plan)
-        self._num_steps += 1
-        return self._unpack(sampled, result)
 
     def fail(self, error: Exception) -> list[Delta]:
         """Declares the engine dead because of `error` and ends every request."""
         if not isinstance(error, EngineError):
             cause = error
-            error = EngineError(f"The engine failed while running ({cause}); start it again.", code="engine_failed")
+            reason = f"{type(cause).__name__}: {cause}"
+            error = EngineError(f"The engine failed while running ({reason}); start it again.", code="engine_failed")
             error.__cause__ = cause
         self.failure = error
         unfinished = [s for sequences in self._requests.values() for s in sequences if not s.is_finished]

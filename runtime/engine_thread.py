@@ -39,8 +39,7 @@ class EngineThread:
         """Enqueues the outputs of one request. OverloadedError when too many wait or the thread is stopping,
         EngineError when the engine has failed."""
         with self._wake:
-            if self._core.failure is not None:
-                raise self._core.failure
+            self._core.check_alive()
             if self._stopping:
                 raise OverloadedError("The engine is shutting down.")
             waiting = self._core.num_waiting + sum(len(item) for item in self._inbox if isinstance(item, list))

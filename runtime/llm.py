@@ -307,8 +307,7 @@ def _run(core: EngineCore, requests: list[list[Sequence]]) -> Iterator[Delta]:
             while core.has_work:
                 yield from core.step()
                 check_interrupt()
-        if core.failure is not None:
-            raise core.failure
+        core.check_alive()
         core.check_idle()
     finally:
         core.abort_all()

@@ -52,7 +52,7 @@ class Scheduler:
         self._promised = 0
         """Blocks that running sequences may still need, when that is guaranteed."""
         self._is_full = False
-        """The first in the queue did not fit, and nothing has been given back since."""
+        """The first in the queue did not fit, and neither the queue nor what is free has changed since."""
         self.num_preemptions = 0
         self.prompt_tokens = 0
         self.prefix_queries = 0
@@ -125,6 +125,7 @@ class Scheduler:
             self._give_up_blocks(sequence)
         else:
             _take(self.waiting, sequence)
+            self._is_full = False
         self._release_followers(sequence)
 
     def clear(self) -> None:

@@ -380,7 +380,7 @@ def test_a_failing_engine_ends_everything_and_takes_no_more() -> None:
         assert delta.finish_reason == "error"
         assert delta.error is core.core.failure
     assert isinstance(core.core.failure, EngineError)
-    assert "The engine failed while running (the cable is out)" in str(core.core.failure)
+    assert "The engine failed while running (OSError: the cable is out)" in str(core.core.failure)
     assert not core.core.has_work
     with pytest.raises(EngineError, match="the cable is out"):
         core.add("d")

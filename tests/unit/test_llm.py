@@ -429,9 +429,13 @@ def test_stop_before_start() -> None:
 
 
 def test_a_dead_engine_ends_every_stream_with_an_error() -> None:
+    class DyingGatedEngine(GatedEngine, DyingEngine): ...
+
     async def work() -> None:
-        async with AsyncLLM(DyingEngine(reference_config(max_batch_size=2))) as llm:
+        dying = DyingGatedEngine(max_batch_size=2)
+        async with AsyncLLM(dying) as llm:
             streams = [llm.generate(ids(3 + index), GREEDY) for index in range(5)]
+            dying.open()
             for deltas in await asyncio.gather(*map(collect, streams)):
                 assert deltas[-1].finish_reason == "error"
                 assert isinstance(deltas[-1].error, EngineError)

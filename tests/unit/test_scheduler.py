@@ -98,6 +98,17 @@ def test_nobody_overtakes_the_first_in_the_queue() -> None:
     assert step(scheduler) == [("large", 16)]
 
 
+def test_the_next_in_the_queue_goes_when_the_first_leaves() -> None:
+    scheduler = make(num_blocks=10)
+    add(scheduler, "running", 16, max_tokens=8)
+    step(scheduler)
+    (large,) = add(scheduler, "large", 24, max_tokens=8)
+    add(scheduler, "small", 2, max_tokens=2)
+    assert step(scheduler) == [("running", 1)]
+    scheduler.remove(large)
+    assert step(scheduler) == [("running", 1), ("small", 2)]
+
+
 def test_batch_size_is_a_ceiling() -> None:
     scheduler = make(max_batch_size=2)
     for name in "abc":
