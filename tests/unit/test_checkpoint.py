@@ -87,7 +87,7 @@ def test_weights_that_are_not_what_the_config_calls_for(checkpoint: Path, change
         CheckpointReader(checkpoint)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_damage_ends_in_anything_but_a_checkpoint_error(checkpoint: Path, data: st.DataObject) -> None:
     file = checkpoint / data.draw(st.sampled_from(["config.json", "rank0.safetensors"]))
