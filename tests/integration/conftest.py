@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import httpx
 import openai
@@ -42,7 +43,7 @@ CHAT_TEMPLATE = """\
 
 
 @pytest.fixture(scope="session")
-def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def byte_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The three control tokens, then a token for each byte; chats in ChatML, tool calls as Hermes writes them."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -57,7 +58,12 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("byte_tokenizer")
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": CHAT_TEMPLATE}))
-    return Tokenizer.load(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(byte_tokenizer_folder: Path) -> Tokenizer:
+    return Tokenizer.load(byte_tokenizer_folder)
 
 
 RunServer = Callable[..., AbstractContextManager[str]]
