@@ -1,12 +1,10 @@
 """From a model or a checkpoint to an engine directory: decide, estimate, pack, verify, publish."""
 
-import errno
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from farrier.targets.hf_weights import read_json, source_tensors
 from farrier.targets.precision import precisions
 from farrier.targets.target import Target, memory_budget
 from farrier.targets.trial import trial_step
-from farrier.targets.workspace import publish, workspace
+from farrier.targets.workspace import disk_errors, publish, workspace
 
 DEFAULT_MAX_SEQ_LEN = 4096
 _BYTES_PER_WEIGHT = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.0, "int4": 0.53}
@@ -95,7 +93,7 @@ def build(
         if reusable := _reusable(out, identity):
             return Built(reusable, True, ())
         _check_resources(estimate, target, partial)
-        with _disk_errors(out):
+        with disk_errors(out):
             checkpoint, warnings = _checkpoint(source, partial, ceilings, options, progress)
             backend.pack(checkpoint, partial, progress("Packing"))
             shutil.copytree(checkpoint.path / TOKENIZER_DIR, partial / TOKENIZER_DIR)
@@ -267,15 +265,3 @@ def _replace(partial: Path, out: Path) -> None:
         out.rename(old)
     publish(partial, out)
     shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InsufficientResourcesError(
-                f"The disk that {out} is to be on is full; nothing was written."
-            ) from error
-        raise BuildError(f"Cannot write {out}: {error.strerror}.") from error

@@ -1,11 +1,9 @@
 """Hugging Face model directory → unified checkpoint, streamed: no tensor is ever whole in memory."""
 
-import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from farrier.targets.checkpoint import (
     stored_tensors,
 )
 from farrier.targets.decoder import DecoderSpec
-from farrier.targets.errors import BuildError, CheckpointError, InsufficientResourcesError
+from farrier.targets.errors import BuildError, CheckpointError
 from farrier.targets.hf_config import from_hf_config
 from farrier.targets.hf_weights import SourceRows, map_weights, read_json, source_tensors, weight_files
 from farrier.targets.precision import Precision, precisions
@@ -39,7 +37,7 @@ from farrier.targets.quantize import (
 )
 from farrier.targets.safetensors_file import SafetensorsWriter
 from farrier.targets.weight_stream import blocks, cast, finite, to_float32
-from farrier.targets.workspace import publish, workspace
+from farrier.targets.workspace import disk_errors, publish, workspace
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -89,7 +87,7 @@ def convert(
     plan = _plan(model_dir, precision, overrides or {}, group_size, max_seq_len)
     count = _Count(progress, plan.bytes_to_read)
     config = _config(plan, count)
-    with _disk_errors(out), workspace(out) as partial:
+    with disk_errors(out), workspace(out) as partial:
         reused = os.path.lexists(out)
         if reused:
             _refuse_unless_same(out, config)
@@ -261,16 +259,6 @@ def _refuse_unless_same(out: Path, config: CheckpointConfig) -> None:
             raise BuildError(
                 f"{out} holds another conversion (they differ in '{field.name}'); remove it or choose another place"
             )
-
-
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InsufficientResourcesError(f"the disk that {out} is to be on is full; nothing was written") from error
-        raise BuildError(f"cannot write {out}: {error.strerror}") from error
 
 
 def _write_weights(plan: _Plan, path: Path, count: _Count) -> None:

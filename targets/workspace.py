@@ -1,11 +1,14 @@
 """Directories that appear whole or not at all, written by one process at a time."""
 
+import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from farrier.targets.errors import BuildError, InsufficientResourcesError
 
 
 @contextmanager
@@ -71,3 +74,14 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turns OSErrors of writing `out` into InsufficientResourcesError (a full disk) or BuildError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InsufficientResourcesError(f"the disk that {out} is to be on is full; nothing was written") from error
+        raise BuildError(f"cannot write {out}: {error.strerror}") from error
