@@ -174,7 +174,7 @@ class Batch:
     block_starts: Int32
     """`[B + 1]` into `block_ids`."""
     sample_rows: Int32
-    """`[S]`: rows (indices into T) whose next token is sampled."""
+    """`[S]`: rows (indices into T) whose next token is sampled; empty in a step of prefill chunks only."""
     sampling: SamplingArrays
 
     @property
@@ -202,7 +202,7 @@ class StepResult:
     """What one iteration produced, in the order of `Batch.sample_rows`."""
 
     token_ids: Int32
-    """`[S]`"""
+    """`[S]`; -1 for a row that offers no token: no finite logit, or everything masked."""
     logprobs: dict[int, RowLogprobs]
     """Row (index into S) → logprobs, for rows that asked."""
 
