@@ -19,7 +19,9 @@ async def read_body(request: Request, model: type[Model], options: ServerOptions
     """The body as a `model`. Raises RequestError naming the field, or ApiError 408, 413 or 415."""
     # Only JSON: what a web page can send anywhere without asking (a form, text/plain) is refused.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "Send JSON with the header 'Content-Type: application/json'.", code="unsupported_media_type")
+        raise ApiError(
+            415, "Send JSON with the header 'Content-Type: application/json'.", code="unsupported_media_type"
+        )
     declared = request.headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > options.max_body_bytes:
         raise _too_large(options)

@@ -1,6 +1,6 @@
 """POST /v1/chat/completions."""
 
-from typing import Any
+from typing import Any, Literal
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -170,15 +170,16 @@ def _sampling_params(body: ChatCompletionRequest, parser: ToolParser | None) -> 
 
 
 def _tool_guide(body: ChatCompletionRequest, parser: ToolParser) -> GuidedDecoding | None:
-    tools, choice, parallel = body.tools or [], body.tool_choice or "auto", body.parallel_tool_calls is not False
+    tools, choice, parallel = body.tools or [], body.tool_choice, body.parallel_tool_calls is not False
+    must_call: Literal["auto", "required"] = "required" if choice == "required" else "auto"
     if isinstance(choice, NamedToolChoice):
         tools = [tool for tool in tools if tool.function.name == choice.function.name]
         if not tools:
             raise RequestError(
                 f"tool_choice names '{choice.function.name}', which is none of the tools.", param="tool_choice"
             )
-        choice, parallel = "required", False
-    guide = parser.guide_for(_plain_tools(tools) or [], choice, parallel=parallel)
+        must_call, parallel = "required", False
+    guide = parser.guide_for(_plain_tools(tools) or [], must_call, parallel=parallel)
     if guide is None and not parallel:
         raise RequestError(
             "This model's calls cannot be limited to one with tool_choice auto.", param="parallel_tool_calls"

@@ -44,6 +44,8 @@ class Gate:
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
+        if scope["method"] == "GET" and self._service.is_loaded:
+            return None  # metrics and models can be read to the end
         return self._service.unavailable()
 
     def _has_key(self, authorization: bytes) -> bool:

@@ -69,6 +69,10 @@ class Service:
             self.phase = "draining"
             await self.llm.stop(self.options.drain_seconds)
 
+    @property
+    def is_loaded(self) -> bool:
+        return self.phase in ("ready", "draining")
+
     def unavailable(self) -> ApiError | None:
         """Why no request can be served now, if so."""
         if self.phase == "loading":

@@ -179,6 +179,7 @@ def test_a_dying_engine_ends_every_request(
     with pytest.raises(openai.InternalServerError) as refused:
         client.completions.create(**PROMPT)
     assert (refused.value.status_code, refused.value.code) == (503, "engine_failed")
+    assert metric(url, "request_success_total", finished_reason="error") == 2
 
 
 class SlowParrot(Parrot):
@@ -225,3 +226,14 @@ def answers(url: str) -> bool:
         return httpx.get(f"{url}/version").status_code == 200
     except httpx.ConnectError:
         return False
+
+
+def test_a_client_that_stops_reading_is_cut_off(byte_tokenizer: Tokenizer, run_server: RunServer) -> None:
+    body = {**PROMPT, "n": 16, "max_tokens": 400, "logprobs": 20, "ignore_eos": True, "stream": True}
+    with run_server(Parrot(byte_tokenizer), request_timeout_s=2) as url, client_of(url) as client:
+        with request_under_way(url, "/v1/completions", body) as connection:
+            wait_until(lambda: metric(url, "request_success_total", finished_reason="abort") > 0)
+            assert client.completions.create(**PROMPT).choices[0].text == "bcdefghijklmnopqrstu"
+            received = b"".join(iter(lambda: connection.recv(1 << 20), b""))
+        assert received.startswith(b"HTTP/1.1 200")
+        assert b"[DONE]" not in received

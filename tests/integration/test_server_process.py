@@ -94,6 +94,7 @@ def test_a_stopping_server_finishes_what_it_began_and_takes_no_more(engine: Path
             client.completions.create(**LONG)
         assert (refused.value.status_code, refused.value.code) == (503, "draining")
         assert int(refused.value.response.headers["retry-after"]) >= 1
+        assert "farrier:num_requests_running" in httpx.get(f"{url}/metrics").text
         assert process.poll() is None
         *_, last = stream
         assert last.choices[0].finish_reason == "length"
