@@ -28,7 +28,7 @@ class Answer(ABC):
     def __init__(self, service: Service, body: GenerationRequest, requests: list[Request]) -> None:
         self._service = service
         self._requests = requests
-        self._stream = bool(body.stream)
+        self._body = body
         options = body.stream_options
         self._include_usage = options is not None and bool(options.include_usage)
         self._usage = Usage(sum(outputs[0].num_prompt_tokens for outputs in requests))
@@ -53,14 +53,14 @@ class Answer(ABC):
     async def respond(self, receive: Receive) -> Response:
         """receive: of the request, whose body has been read."""
         timeout_s = self._service.options.request_timeout_s
-        if self._stream:
+        if self._body.stream:
             return EventStream(self._events(), request_id=self.id, timeout_s=timeout_s)
         content = await within_limits(receive, self._whole(), timeout_s)
         return json_response(content, headers={"x-request-id": self.id})
 
     async def _whole(self) -> dict[str, Any]:
         outputs = [CompletionOutput(index) for index in range(len(self.outputs))]
-        async with aclosing(generate(self._service, self._requests, self._usage)) as deltas:
+        async with aclosing(generate(self._service, self._body, self._requests, self._usage)) as deltas:
             async for index, delta in deltas:
                 outputs[index].extend(delta)
         choices = [self.choice(index, output) for index, output in enumerate(outputs)]
@@ -71,7 +71,7 @@ class Answer(ABC):
         head = {**self._head, "object": self.chunk_name}
         before = event({**head, "choices": []}).removesuffix(b"]}\n\n")
         after = b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
-        async with aclosing(generate(self._service, self._requests, self._usage)) as deltas:
+        async with aclosing(generate(self._service, self._body, self._requests, self._usage)) as deltas:
             async for index, delta in deltas:
                 data = b"".join(before + encode(choice) + after for choice in self.chunks(index, delta))
                 if data:

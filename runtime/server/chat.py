@@ -132,7 +132,7 @@ async def render_chat(
             continue_final_message=to_continue,
             template_kwargs=options.chat_template_kwargs,
         ),
-        is_long=sum(len(str(message.content)) for message in messages) > LONG,
+        is_long=bool(tools) or sum(len(str(message)) for message in plain) > LONG,
     )
 
 

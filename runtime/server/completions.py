@@ -14,6 +14,7 @@ from farrier.runtime.server.generate import Request, prepare
 from farrier.runtime.server.logprobs import CompletionLogprobs
 from farrier.runtime.server.protocol import CompletionRequest
 from farrier.runtime.server.service import Service
+from farrier.runtime.server.unblocked import unblocked
 from farrier.targets.errors import RequestError
 
 
@@ -63,7 +64,7 @@ async def create_completion(service: Service, http: HttpRequest) -> Response:
     service.check_model(body.model)
     prompts = _prompts(body, service.options.max_queue)
     requests = await prepare(service, body, prompts, _sampling_params(body))
-    echoes = [_text(service, prompt) for prompt in prompts] if body.echo else []
+    echoes = await unblocked(lambda: [_text(service, prompt) for prompt in prompts], is_long=True) if body.echo else []
     return await Completion(service, body, requests, echoes).respond(http.receive)
 
 

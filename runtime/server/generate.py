@@ -51,14 +51,16 @@ async def prepare(
     try:
         return await unblocked(lambda: [service.llm.prepare(prompt, params) for prompt in prompts], is_long=is_long)
     except RequestError as error:
-        raise RequestError(str(error), param=body.spelling(error.param), code=error.code) from error
+        raise body.in_its_words(error) from error
 
 
 def _length(prompt: Prompt) -> int:
     return len(prompt if isinstance(prompt, str) else prompt["prompt_token_ids"])
 
 
-async def generate(service: Service, requests: list[Request], usage: Usage) -> AsyncGenerator[tuple[int, Delta], None]:
+async def generate(
+    service: Service, body: GenerationRequest, requests: list[Request], usage: Usage
+) -> AsyncGenerator[tuple[int, Delta], None]:
     """Yields (choice, delta) until every choice has ended; choice = prompt × n + output.
 
     A full queue shows before the first delta; a choice that fails raises. Closing it aborts everything.
@@ -75,7 +77,7 @@ async def generate(service: Service, requests: list[Request], usage: Usage) -> A
         async for prompt_index, delta in merged:
             choice = prompt_index * num_outputs + delta.index
             timer.observe(choice, delta)
-            _raise_failure(delta)
+            _raise_failure(delta, body)
             usage.completion_tokens += len(delta.token_ids)
             if delta.finish_reason is not None and delta.index == 0:
                 usage.cached_tokens += delta.num_cached_tokens
@@ -116,8 +118,10 @@ async def _merge(streams: list[RequestStream]) -> AsyncGenerator[tuple[int, Delt
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
-def _raise_failure(delta: Delta) -> None:
+def _raise_failure(delta: Delta, body: GenerationRequest) -> None:
     if delta.finish_reason == "error":
+        if isinstance(delta.error, RequestError):
+            raise body.in_its_words(delta.error)
         raise delta.error or ApiError(500, "The engine failed.", code="engine_failed")
     if delta.finish_reason == "abort":
         raise ApiError(503, "The server stopped before the answer was complete.", code="aborted", retry_after=5)

@@ -12,7 +12,7 @@ class ServerOptions:
     api_keys: when given, every endpoint but /health wants one of them as a bearer token.
     served_model_name: the name clients use; None is the engine's own.
     max_queue: requests that may wait; one more is answered with 429.
-    request_timeout_s: longest time from the first byte of a request's body to the last of its answer.
+    request_timeout_s: how long a request's body may take to arrive, and then how long its answer may take.
     drain_seconds: how long running requests may go on after a SIGTERM.
     The rest is what `AsyncLLM` takes.
     """

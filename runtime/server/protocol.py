@@ -111,8 +111,11 @@ class GenerationRequest(Strict):
             given["logit_bias"] = {int(token_id): bias for token_id, bias in self.logit_bias.items()}
         return SamplingParams(**(given | changed))
 
-    def spelling(self, param: str | None) -> str | None:
-        """What the client called the field that the runtime calls `param`."""
+    def in_its_words(self, error: RequestError) -> RequestError:
+        """An error of the runtime, naming the field as the client wrote it."""
+        return RequestError(str(error), param=self._spelling(error.param), code=error.code)
+
+    def _spelling(self, param: str | None) -> str | None:
         if param is not None and param.startswith("guided"):
             return next(iter(self._guided_fields()), "tools")
         return param
@@ -334,10 +337,10 @@ class ChatCompletionRequest(GenerationRequest, TemplateOptions):
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     safety_identifier: str | None = None
 
-    def spelling(self, param: str | None) -> str | None:
+    def _spelling(self, param: str | None) -> str | None:
         if param == "max_tokens" and self.max_tokens is None:
             return "max_completion_tokens"
-        return "messages" if param == "prompt" else super().spelling(param)
+        return "messages" if param == "prompt" else super()._spelling(param)
 
 
 class TokenizeRequest(TemplateOptions):

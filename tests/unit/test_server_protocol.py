@@ -274,11 +274,21 @@ def test_stream_options_need_a_stream() -> None:
     assert caught.value.param == "stream_options"
 
 
-def test_errors_of_the_runtime_name_what_the_client_wrote() -> None:
-    assert chat(max_completion_tokens=5).spelling("max_tokens") == "max_completion_tokens"
-    assert chat(max_tokens=5).spelling("max_tokens") == "max_tokens"
-    assert chat().spelling("prompt") == "messages"
-    assert chat(response_format={"type": "json_object"}).spelling("guided_json") == "response_format"
-    assert chat(guided_regex="(").spelling("guided_regex") == "guided_regex"
-    assert chat(**function(name="f")).spelling("guided_grammar") == "tools"
-    assert completion().spelling("prompt") == "prompt"
+@pytest.mark.parametrize(
+    ("request_", "param", "name"),
+    [
+        (chat(max_completion_tokens=5), "max_tokens", "max_completion_tokens"),
+        (chat(max_tokens=5), "max_tokens", "max_tokens"),
+        (chat(), "prompt", "messages"),
+        (chat(response_format={"type": "json_object"}), "guided_json", "response_format"),
+        (chat(guided_regex="("), "guided_regex", "guided_regex"),
+        (chat(**function(name="f")), "guided_grammar", "tools"),
+        (completion(), "prompt", "prompt"),
+        (completion(), None, None),
+    ],
+)
+def test_errors_of_the_runtime_name_what_the_client_wrote(
+    request_: ChatCompletionRequest | CompletionRequest, param: str | None, name: str | None
+) -> None:
+    error = request_.in_its_words(RequestError("No.", param=param, code="nope"))
+    assert (str(error), error.param, error.code) == ("No.", name, "nope")
