@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -78,7 +79,7 @@ def latency_command(
         config = bench.config
     target = execution_target(config)
     conditions = engine_conditions(config, target) | {
-        "context": f"{input_len} prompt tokens, {output_len} generated, {repeats} runs after a warm-up",
+        "context": f"{input_len} prompt tokens, {output_len} generated, measured runs: {repeats}, after a warm-up",
         "cache": cache_state(latency.cache),
         "TTFT": "until every sequence of the batch has its first token; not in ITL, tok/s and GB/s, which are of "
         "the steps in which all sequences decode",
@@ -131,7 +132,7 @@ def throughput_command(
 def serve_command(
     base_url: Annotated[str, typer.Option(help="An OpenAI endpoint.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="By default the first that the endpoint lists.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="FARRIER_API_KEY")] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Closed loop: so many clients, each with one request; 16 by default.")
     ] = None,
@@ -176,19 +177,13 @@ def serve_command(
     def encode(given: "list[BenchRequest]") -> list[bytes]:
         return [encode_request(endpoint, request, model, ignore_eos=ignore_eos) for request in given]
 
-    asyncio.run(run_load(endpoint, encode(warm_up), load, rng=rng, timeout_s=timeout))
+    warmed = asyncio.run(run_load(endpoint, encode(warm_up), load, rng=rng, timeout_s=timeout))
+    if warmed.failures:
+        raise FarrierError(f"{base_url} does not answer: {warmed.failures[0]}", code="bench_failed")
     with _progress() as bar:
         task = bar.add_task("Requests", total=len(requests))
-        result = asyncio.run(
-            run_load(
-                endpoint,
-                encode(requests),
-                load,
-                rng=rng,
-                timeout_s=timeout,
-                on_done=lambda: bar.update(task, advance=1),
-            )
-        )
+        encoded, done = encode(requests), partial(bar.update, task, advance=1)
+        result = asyncio.run(run_load(endpoint, encoded, load, rng=rng, timeout_s=timeout, on_done=done))
     if not result.answers:
         raise FarrierError(f"Every request failed. The first: {result.failures[0]}", code="bench_failed")
     cached = result.cached_tokens
@@ -197,7 +192,7 @@ def serve_command(
         "cache": "the server does not tell what it found in a prefix cache"
         if cached is None
         else f"{'cold' if cached == 0 else 'partly warm'}: {cached:,} of {result.prompt_tokens:,} prompt tokens found",
-        "TTFT": "inside tok/s and end to end; not in ITL (gaps between streamed events) and TPOT (mean after the first)",
+        "TTFT": "inside tok/s and end to end; not in ITL (gaps between streamed events) and TPOT (mean of the rest)",
     }
     _publish(serve_report(result, load, conditions), json_file, plot)
 
@@ -255,8 +250,9 @@ def _batch_sizes(given: str | None, largest: int) -> list[int]:
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    terminal = errors_console()
     # Drawn seldom: it shares the processor with what is measured.
-    return Progress(*columns, console=errors_console(), transient=True, refresh_per_second=1)
+    return Progress(*columns, console=terminal, transient=True, refresh_per_second=1, disable=not terminal.is_terminal)
 
 
 def _check_plot(plot: Path | None) -> None:
