@@ -15,7 +15,7 @@ up: $(VENV)/.installed
 
 # Tests and linters run against the installed package, not against the sources.
 test: lint
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/pytest --cov --cov-report=term
 
 lint: $(VENV)/.dev $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -23,7 +23,7 @@ lint: $(VENV)/.dev $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev $(VENV)/.installed
-	$(BIN)/python -m tests.bench.run
+	$(BIN)/python tests/bench/run.py
 
 clean:
 	rm -rf $(VENV) .farrier build *.egg-info
