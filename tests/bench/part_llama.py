@@ -88,7 +88,7 @@ def llama_python() -> Path:
     if given := os.environ.get("FARRIER_LLAMA_PYTHON"):
         return Path(given)
     python = VENV / "bin" / "python"
-    if subprocess.run([python, "-c", "import llama_cpp, gguf"], capture_output=True, check=False).returncode != 0:
+    if not python.exists() or subprocess.run([python, "-c", "import llama_cpp, gguf"], check=False).returncode != 0:
         print("Compiling llama.cpp for this machine; it takes some minutes, once.", file=sys.stderr)
         venv.create(VENV, with_pip=True)
         install = [python, "-m", "pip", "install", "--quiet", "--no-binary", "llama-cpp-python"]
