@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ENGINE ?= .farrier/demo
 PORT ?= 8000
-SOURCES := $(shell find agent runtime targets plugins farrier -type f ! -name '*.pyc') pyproject.toml
+SOURCES := $(shell find agent runtime targets plugins public -type f ! -name '*.pyc') pyproject.toml
 
 .PHONY: up test lint bench clean
 

@@ -36,7 +36,7 @@ class BuildOptions:
     overrides: Mapping[str, str] = field(default_factory=dict)
     kv_dtype: KvDtype | None = None
     max_batch_size: int = 16
-    max_num_tokens: int = 2048
+    max_num_tokens: int = 512
     max_seq_len: int | None = None
     name: str | None = None
 

@@ -17,7 +17,7 @@ def build_command(
     overrides: Overrides = None,
     kv_dtype: Annotated[Literal["auto", "f32", "bf16", "u8"], typer.Option(help="Type of the KV cache.")] = "auto",
     max_batch_size: Annotated[int, typer.Option(min=1, help="Sequences in one step.")] = 16,
-    max_num_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one step.")] = 2048,
+    max_num_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one step.")] = 512,
     max_seq_len: Annotated[
         int | None, typer.Option(min=1, help="Prompt plus output; by default the model's limit, at most 4096.")
     ] = None,

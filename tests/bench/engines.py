@@ -18,7 +18,7 @@ def engine(precision: str) -> Path:
 
     write_model(CACHE / "model")
     options = BuildOptions(
-        name=precision, precision=precision, max_batch_size=16, max_num_tokens=2048, max_seq_len=MAX_SEQ_LEN
+        name=precision, precision=precision, max_batch_size=16, max_num_tokens=512, max_seq_len=MAX_SEQ_LEN
     )
     out = CACHE / precision
     build(CACHE / "model", out, select_target(detect(), "cpu"), options)

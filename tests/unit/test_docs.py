@@ -39,5 +39,5 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_named_in_the_docs_exist(page: Path) -> None:
-    for path in re.findall(r"`((?:agent|runtime|targets|plugins|packaging|tests|farrier)/[\w./]+)`", page.read_text()):
+    for path in re.findall(r"`((?:agent|runtime|targets|plugins|packaging|tests|public)/[\w./]+)`", page.read_text()):
         assert (ROOT / path).exists(), path
