@@ -9,6 +9,8 @@ import typer
 
 from farrier.agent.console import errors_console
 
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
 
 def serve_command(
     engine: Annotated[Path, typer.Argument(help="An engine directory.")],
@@ -52,6 +54,10 @@ def serve_command(
         kv_memory_fraction=kv_memory_fraction,
         enable_prefix_caching=prefix_caching,
     )
+    if host not in _LOOPBACK and not api_key:
+        errors_console().print(
+            f"Warning: anybody who reaches {host} port {port} can use this server; set --api-key.", soft_wrap=True
+        )
     serve(engine, options, on_ready=lambda url: _announce(url, engine, options.served_model_name, bool(api_key)))
 
 
