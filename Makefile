@@ -29,7 +29,7 @@ clean:
 	rm -rf $(VENV) .farrier build *.egg-info
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "farrier needs Python 3.10 or later; say make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "farrier needs Python 3.10 or later; say make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
@@ -43,7 +43,7 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 # torch is for the tests' reference only; a CPU build of it is not to be had for every Python everywhere.
 $(VENV)/.dev: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet '.[dev]'
-	$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
-		&& $(BIN)/python -m pip install --quiet torch==2.13.0 \
-		|| echo 'No CPU build of torch for this Python: tests against transformers will be skipped.'
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; \
+		then $(BIN)/python -m pip install --quiet torch==2.13.0; \
+		else echo 'No CPU build of torch for this Python: tests against transformers will be skipped.'; fi
 	@touch $@
