@@ -89,7 +89,7 @@ def transformers_backend(directory: Path) -> Backend:
         decoded: list[str] = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return decoded
 
-    return lambda examples: [a for start in range(0, len(examples), 200) for a in answer(examples[start : start + 200])]
+    return lambda examples: [a for start in range(0, len(examples), 50) for a in answer(examples[start : start + 50])]
 
 
 def farrier_backend(engine: Path) -> Backend:
