@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
+from farrier.targets.detect import detect, select_target
 from farrier.targets.engine import Batch, EngineConfig, Int32, KvMemory, StepResult
 from farrier.targets.errors import CheckpointError, EngineError, InsufficientResourcesError
 from farrier.targets.openvino.attention import Attention, attention_for
 from farrier.targets.openvino.graph import build_graph
 from farrier.targets.openvino.weights import EngineWeights
 from farrier.targets.sampling import sample
+from farrier.targets.target import memory_budget
 from farrier.targets.tensorfile import TensorFile
 from farrier.targets.trial import one_token
 
@@ -62,9 +64,6 @@ class OpenVinoEngine:
         return self._config
 
     def memory(self) -> KvMemory:
-        from farrier.targets.detect import detect, select_target
-        from farrier.targets.target import memory_budget
-
         per_block = self._attention.bytes_per_block(self._compiled)
         return KvMemory(per_block, memory_budget(select_target(detect(), "cpu")) // per_block)
 
@@ -110,6 +109,7 @@ class OpenVinoEngine:
     def close(self) -> None:
         if self._file is not None:
             # Order matters: constants of the compiled model lie in the mapping.
+            self._pending = None
             del self._request, self._compiled
             self._file.close()
             self._file = None
