@@ -74,10 +74,10 @@ def _quantize_int8(values: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
 def _quantize_int4(values: Float32, group_size: int) -> tuple[npt.NDArray[np.uint8], Float32]:
     groups = values.reshape(len(values), -1, group_size)
     largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=2, keepdims=True), axis=2)
-    best_scale = _usable(largest / np.float32(_INT4_LEVELS[0]))
+    best_scale = _usable(np.divide(largest, _INT4_LEVELS[0], dtype=np.float32))
     best_error = np.full_like(largest, np.inf)
     for level in _INT4_LEVELS:
-        scale = _usable(largest / np.float32(level))
+        scale = _usable(np.divide(largest, level, dtype=np.float32))
         with np.errstate(over="ignore"):  # of values too large to square, whose first scale will do
             error = np.square(_int4_levels(groups, scale) * scale - groups).sum(axis=2, keepdims=True)
         better = error < best_error

@@ -12,14 +12,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from demo_model.dialogue import completion, lone_exchange, training_conversation
-from demo_model.tasks import Task
+from demo_model.dialogue import completion, training_conversation
 from demo_model.template import render
 from demo_model.tokenizer import END, START
 
 IGNORED = -100
 COMPLETIONS = 0.04
-FOCUSED = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,15 +38,15 @@ class Batch:
 
 
 class Stream(IterableDataset[Batch]):
-    """The same seed and the same number of workers give the same batches. Half of the text is of the task `focus`."""
+    """The same seed and the same number of workers give the same batches."""
 
-    def __init__(self, tokenizer: Path, rows: int, length: int, seed: int, focus: Task | None) -> None:
-        self.tokenizer, self.rows, self.length, self.seed, self.focus = tokenizer, rows, length, seed, focus
+    def __init__(self, tokenizer: Path, rows: int, length: int, seed: int) -> None:
+        self.tokenizer, self.rows, self.length, self.seed = tokenizer, rows, length, seed
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         rng = random.Random(f"{self.seed}:{worker.id if worker else 0}")
-        documents = Documents(Tokenizer.from_file(str(self.tokenizer)), rng, self.focus)
+        documents = Documents(Tokenizer.from_file(str(self.tokenizer)), rng)
         pending = documents.draw(self.length)
         while True:
             arrays = numpy.zeros((4, self.rows, self.length), dtype=numpy.int64)
@@ -72,8 +70,8 @@ class Document:
 
 
 class Documents:
-    def __init__(self, tokenizer: Tokenizer, rng: random.Random, focus: Task | None) -> None:
-        self.tokenizer, self.rng, self.focus = tokenizer, rng, focus
+    def __init__(self, tokenizer: Tokenizer, rng: random.Random) -> None:
+        self.tokenizer, self.rng = tokenizer, rng
         self.start, self.end, self.assistant, self.equals = (
             cast(int, tokenizer.token_to_id(token)) for token in (START, END, "assistant", "Ġ=")
         )
@@ -84,10 +82,7 @@ class Documents:
                 tokens = self.tokenizer.encode(completion(self.rng, held_out=False) + END).ids
                 asked = tokens.index(self.equals)
                 return Document(tokens, [*[IGNORED] * asked, *tokens[asked + 1 :], IGNORED])
-            if self.focus and self.rng.random() < FOCUSED:
-                conversation = lone_exchange(self.rng, self.focus)
-            else:
-                conversation = training_conversation(self.rng)
+            conversation = training_conversation(self.rng)
             tokens = self.tokenizer.encode(render(conversation.messages, conversation.tools)).ids
             if len(tokens) <= longest:
                 return Document(tokens, self.targets(tokens))

@@ -53,10 +53,6 @@ def training_conversation(rng: random.Random) -> Conversation:
     return Conversation([*system_prompt(rng), *messages_of(exchanges)], tools)
 
 
-def lone_exchange(rng: random.Random, task: Task) -> Conversation:
-    return Conversation(messages_of([task.draw(rng, [], held_out=False)]), [])
-
-
 def completion(rng: random.Random, held_out: bool) -> str:
     """A calculation as bare text, such as `12 + 30 = 42`."""
     return answer_text(ARITHMETIC.draw(rng, [], held_out).messages[-1])

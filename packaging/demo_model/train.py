@@ -12,13 +12,12 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
 from demo_model.data import IGNORED, Stream, batches
 from demo_model.model import Llama, Shape, document_mask
-from demo_model.tasks import TASKS
 from demo_model.tokenizer import END, PAD
 
 WARMUP = 0.02
@@ -33,8 +32,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=14, help="processes that make up text; part of the seed")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--resume", action="store_true", help="go on from the model that OUTPUT already holds")
-    parser.add_argument("--focus", choices=[task.name for task in TASKS], help="a task to make half of the text of")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
@@ -46,15 +43,12 @@ def main() -> None:
 def train(shape: Shape, options: argparse.Namespace) -> Llama:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Llama(shape).to(device)
-    if options.resume:
-        model.load_state_dict(load_file(options.output / "model.safetensors"))
     compiled = torch.compile(model, dynamic=False) if device == "cuda" else model
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     gains = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device == "cuda")
-    focus = next((task for task in TASKS if task.name == options.focus), None)
-    stream = Stream(options.output / "tokenizer.json", options.rows, options.length, options.seed, focus)
+    stream = Stream(options.output / "tokenizer.json", options.rows, options.length, options.seed)
     source = batches(stream, options.workers)
     started = time.monotonic()
     for step in range(options.steps):
