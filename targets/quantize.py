@@ -67,7 +67,8 @@ def unpack_int4(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
 
 
 def _quantize_int8(values: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
-    scale = _usable(np.abs(values).max(axis=1) / np.float32(127))
+    largest: Float32 = np.abs(values).max(axis=1)
+    scale = _usable(np.divide(largest, 127, dtype=np.float32))
     return np.rint(values / scale[:, None]).astype(np.int8), scale
 
 
