@@ -15,7 +15,8 @@ up: $(VENV)/.installed
 
 # Tests and linters run against the installed package, not against the sources.
 test: lint
-	$(BIN)/pytest --cov --cov-report=term
+	$(BIN)/pytest --cov --cov-report= tests/integration
+	$(BIN)/pytest --cov --cov-append --cov-report=term tests/unit
 
 lint: $(VENV)/.dev $(VENV)/.installed
 	$(BIN)/ruff check .
