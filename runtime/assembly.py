@@ -9,6 +9,7 @@ from farrier.runtime.intake import Intake
 from farrier.runtime.scheduler import CapacityPolicy
 from farrier.runtime.tokenizer import Tokenizer
 from farrier.targets.engine import Engine, load_engine
+from farrier.targets.engine_dir import TOKENIZER_DIR
 from farrier.targets.errors import InsufficientResourcesError
 
 
@@ -47,7 +48,7 @@ def assemble(source: str | Path | Engine, tokenizer: Tokenizer | None, options: 
         directory = Path(source)
         engine = load_engine(directory)
         if engine.config.has_tokenizer:
-            tokenizer = Tokenizer.load(directory / "tokenizer")
+            tokenizer = Tokenizer.load(directory / TOKENIZER_DIR)
     else:
         engine = source
     num_blocks = kv_pool_size(engine, options)

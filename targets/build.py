@@ -11,8 +11,9 @@ from pathlib import Path
 from farrier import __version__
 from farrier.targets.backend import Backend, Progress, backend_for
 from farrier.targets.checkpoint import WEIGHTS_FILE, CheckpointReader
-from farrier.targets.convert import convert, file_digest, model_files
+from farrier.targets.convert import convert, model_files
 from farrier.targets.decoder import DecoderSpec
+from farrier.targets.digest import file_digest
 from farrier.targets.engine import Ceilings, EngineConfig, Fingerprint, KvDtype
 from farrier.targets.engine_dir import TOKENIZER_DIR, damaged_file, is_engine, read_config, write_config
 from farrier.targets.errors import BuildError, FarrierError, InsufficientResourcesError

@@ -1,6 +1,5 @@
 """Hugging Face model directory → unified checkpoint, streamed: no tensor is ever whole in memory."""
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from farrier.targets.checkpoint import (
     stored_tensors,
 )
 from farrier.targets.decoder import DecoderSpec
+from farrier.targets.digest import file_digest
 from farrier.targets.errors import BuildError, CheckpointError
 from farrier.targets.hf_config import from_hf_config
 from farrier.targets.hf_weights import SourceRows, map_weights, read_json, source_tensors, weight_files
@@ -103,19 +103,6 @@ def model_files(model_dir: Path) -> list[Path]:
     """Every file of a Hugging Face model that goes into its checkpoint."""
     others = (model_dir / name for name in ("config.json", "model.safetensors.index.json", *TOKENIZER_FILES))
     return [*(path for path in others if path.is_file()), *weight_files(model_dir)]
-
-
-def file_digest(path: Path, read: Callable[[int], None] = lambda size: None) -> str:
-    """SHA-256 of a file, in hexadecimal; `read` is told the size of each piece."""
-    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
-    try:
-        with path.open("rb", buffering=0) as file:
-            while size := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:size])
-                read(size)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

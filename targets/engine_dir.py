@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from farrier.targets.convert import file_digest
+from farrier.targets.digest import file_digest
 from farrier.targets.engine import ENGINE_ABI, EngineConfig
 from farrier.targets.errors import EngineError, FingerprintMismatchError
 
