@@ -1,1 +1,4 @@
-"""Hand-written kernels, compiled ahead of time for a compute capability."""
+"""GPU kernels in Triton and Gluon, and the one function that compiles them ahead of time. Imports nothing of farrier.
+
+Only a build imports this package's kernels: what serves an engine sees compiled code, never Triton.
+"""
