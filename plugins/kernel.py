@@ -15,6 +15,10 @@ PDL_CAPABILITY = 90
 """Programmatic dependent launch, and the instructions that go with it, exist from this compute capability on."""
 
 
+# CUtensorMapDataType counts some types in another order than the instruction that Triton names them for.
+_HOST_ELEMENT_TYPES = {8: 10, 9: 8, 10: 9}
+
+
 @dataclass(frozen=True)
 class KernelSource:
     """A kernel and all that is fixed when it is compiled.
@@ -35,13 +39,13 @@ class KernelSource:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """How a TMA descriptor argument is to be encoded: elements of a block, their size in bytes, swizzle mode."""
+    """How a TMA descriptor argument is to be encoded: elements of a block, their size in bytes, and the driver's
+    numbers for their type and the swizzle mode."""
 
     block: tuple[int, ...]
     element_bytes: int
     element_type: int
     swizzle: int
-    fp4_padded: bool
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,12 @@ def compile_kernel(source: KernelSource, compute_capability: int) -> CompiledKer
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise ValueError(f"{function.__name__} needs scratch memory at launch, which farrier does not provide.")
     maps = tuple(
-        TensorMap(tuple(meta["block_size"]), meta["elem_size"], meta["elem_type"], meta["swizzle"], meta["fp4_padded"])
+        TensorMap(
+            tuple(meta["block_size"]),
+            meta["elem_size"],
+            _HOST_ELEMENT_TYPES.get(meta["elem_type"], meta["elem_type"]),
+            meta["swizzle"],
+        )
         for meta in metadata.tensordesc_meta
     )
     return CompiledKernel(

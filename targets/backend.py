@@ -1,12 +1,13 @@
 """What a backend is to the rest of farrier: it decides, packs, and loads."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from farrier.targets.decoder import DecoderSpec
-from farrier.targets.engine import Engine, EngineConfig, Fingerprint, KvDtype
-from farrier.targets.errors import BuildError, FingerprintMismatchError
+from farrier.targets.engine import Ceilings, Engine, EngineConfig, Fingerprint, KvDtype
+from farrier.targets.errors import FingerprintMismatchError
 from farrier.targets.target import Target
 
 if TYPE_CHECKING:
@@ -16,9 +17,26 @@ Progress = Callable[[int, int], None]
 """(bytes done, bytes in all)"""
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What was decided before an engine is packed."""
+
+    target: Target
+    precision: str
+    kv_dtype: KvDtype
+    ceilings: Ceilings
+    deterministic: bool
+
+
 class Backend(Protocol):
     name: str
     block_size: int
+    default_batch_size: int
+    default_num_tokens: int
+
+    def check(self, target: Target, precisions: set[str], *, deterministic: bool) -> None:
+        """Raises BuildError for what `target` cannot do or this installation cannot build, naming the alternative."""
+        ...
 
     def fingerprint(self, target: Target, precision: str, kv_dtype: KvDtype) -> Fingerprint:
         """What an engine built for `target` with these choices needs of a machine."""
@@ -38,8 +56,10 @@ class Backend(Protocol):
         """Bytes of the engine file `pack` would write."""
         ...
 
-    def pack(self, checkpoint: "CheckpointReader", directory: Path, progress: Progress | None) -> None:
-        """Writes the engine's weights, in kernel layout, into `directory`."""
+    def pack(
+        self, checkpoint: "CheckpointReader", directory: Path, choices: Choices, progress: Progress | None
+    ) -> None:
+        """Writes the engine's weights, in kernel layout, into `directory`, and whatever else is decided now."""
         ...
 
     def load(self, directory: Path, config: EngineConfig) -> Engine: ...
@@ -47,11 +67,7 @@ class Backend(Protocol):
 
 def backend_for(target: Target) -> Backend:
     """The backend that builds for `target`."""
-    if target.kind == "cpu":
-        return get_backend("openvino")
-    raise BuildError(
-        f"There is no backend for {target.name} in this version of farrier; build for the CPU with --target cpu."
-    )
+    return get_backend("openvino" if target.kind == "cpu" else "cuda")
 
 
 def get_backend(name: str) -> Backend:
@@ -59,6 +75,10 @@ def get_backend(name: str) -> Backend:
         from farrier.targets.openvino.backend import OpenVinoBackend
 
         return OpenVinoBackend()
+    if name == "cuda":
+        from farrier.targets.cuda.backend import CudaBackend
+
+        return CudaBackend()
     raise FingerprintMismatchError(
         f"The engine needs the backend {name!r}, which this farrier does not have.", field="backend"
     )

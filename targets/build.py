@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from farrier import __version__
-from farrier.targets.backend import Backend, Progress, backend_for
+from farrier.targets.backend import Backend, Choices, Progress, backend_for
 from farrier.targets.checkpoint import WEIGHTS_FILE, CheckpointReader
 from farrier.targets.convert import convert, model_files
 from farrier.targets.decoder import DecoderSpec
@@ -31,15 +31,17 @@ _SAFETENSORS_PRECISION = {"F32": "f32", "BF16": "bf16", "F16": "f16"}
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a user decides. `max_seq_len` None: the model's own limit, at most DEFAULT_MAX_SEQ_LEN."""
+    """What a user decides. `max_seq_len` None: the model's own limit, at most DEFAULT_MAX_SEQ_LEN; the other ceilings:
+    the backend's own. `deterministic`: a sequence's logits do not depend on what else is in the batch, to the bit."""
 
     precision: str = "auto"
     overrides: Mapping[str, str] = field(default_factory=dict)
     kv_dtype: KvDtype | None = None
-    max_batch_size: int = 16
-    max_num_tokens: int = 512
+    max_batch_size: int | None = None
+    max_num_tokens: int | None = None
     max_seq_len: int | None = None
     name: str | None = None
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,15 @@ def build(
     target: Target,
     options: BuildOptions,
     *,
+    runs_here: bool = True,
     on_estimate: Callable[[Estimate], None] | None = None,
     on_progress: Callable[[str], Progress] | None = None,
 ) -> Built:
     """Builds the engine of `source`, a Hugging Face model directory or a unified checkpoint, for `target` in `out`.
 
     An identical engine in `out` is reused, another engine is replaced once the new one is whole; anything else in
-    `out` is refused. `on_progress` is asked once per stage, by its title, for a callback of (bytes done, in all).
+    `out` is refused. `runs_here`: `target` is in this machine, so the engine is tried out. `on_progress` is asked once
+    per stage, by its title, for a callback of (bytes done, in all).
 
     Raises BuildError about the options, CheckpointError and UnsupportedModelError about the source,
     InsufficientResourcesError when disk or memory would not do.
@@ -83,7 +87,8 @@ def build(
     if out.exists() and not is_engine(out):
         raise BuildError(f"{out} exists and is not an engine; choose another place or remove it.")
     spec, precision = _describe(source, options)
-    ceilings = _ceilings(spec, options)
+    backend.check(target, {precision, *options.overrides.values()}, deterministic=options.deterministic)
+    ceilings = _ceilings(backend, spec, options)
     kv_dtype = backend.kv_dtype(spec, target, precision, options.kv_dtype)
     estimate = _estimate(backend, source, spec, precision, options, ceilings, kv_dtype)
     if on_estimate is not None:
@@ -96,7 +101,8 @@ def build(
         _check_resources(estimate, target, partial)
         with disk_errors(out):
             checkpoint, warnings = _checkpoint(source, partial, ceilings, options, progress)
-            backend.pack(checkpoint, partial, progress("Packing"))
+            choices = Choices(target, precision, kv_dtype, ceilings, options.deterministic)
+            backend.pack(checkpoint, partial, choices, progress("Packing"))
             shutil.copytree(checkpoint.path / TOKENIZER_DIR, partial / TOKENIZER_DIR)
             config = EngineConfig(
                 model=options.name or checkpoint.config.model,
@@ -119,7 +125,8 @@ def build(
             if checkpoint.path.parent == partial:
                 shutil.rmtree(checkpoint.path)
             config = _sealed(partial, config)
-            trial_step(backend.load(partial, config))
+            if runs_here:
+                trial_step(backend.load(partial, config))
             _replace(partial, out)
     return Built(config, False, warnings)
 
@@ -144,17 +151,19 @@ def _is_checkpoint(source: Path) -> bool:
     return (source / WEIGHTS_FILE).is_file()
 
 
-def _ceilings(spec: DecoderSpec, options: BuildOptions) -> Ceilings:
+def _ceilings(backend: Backend, spec: DecoderSpec, options: BuildOptions) -> Ceilings:
     longest = spec.max_positions
     max_seq_len = options.max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
     if max_seq_len > longest:
         raise BuildError(f"The model knows {longest} positions; build with --max-seq-len {longest} or less.")
-    if options.max_num_tokens < options.max_batch_size:
+    batch_size = options.max_batch_size or backend.default_batch_size
+    num_tokens = options.max_num_tokens or max(backend.default_num_tokens, batch_size)
+    if num_tokens < batch_size:
         raise BuildError(
-            f"A step of {options.max_num_tokens} tokens cannot hold {options.max_batch_size} sequences; "
-            f"build with --max-num-tokens {options.max_batch_size} or more."
+            f"A step of {num_tokens} tokens cannot hold {batch_size} sequences; "
+            f"build with --max-num-tokens {batch_size} or more."
         )
-    return Ceilings(options.max_batch_size, options.max_num_tokens, max_seq_len)
+    return Ceilings(batch_size, num_tokens, max_seq_len)
 
 
 def _estimate(
@@ -216,6 +225,7 @@ def _identity(
         "overrides": list(options.overrides.items()),
         "ceilings": asdict(ceilings),
         "kv_dtype": kv_dtype,
+        "deterministic": options.deterministic,
         "fingerprint": asdict(fingerprint),
         "farrier": __version__,
     }

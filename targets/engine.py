@@ -18,7 +18,7 @@ from farrier.targets.decoder import DecoderSpec
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 
-KvDtype = Literal["f32", "bf16", "u8"]
+KvDtype = Literal["f32", "bf16", "f16", "fp8", "u8"]
 
 ENGINE_ABI = 1
 """Raised whenever an engine written by an older farrier would run differently, or not at all."""

@@ -12,20 +12,32 @@ from farrier.agent.console import errors_console, progress_bars
 def build_command(
     source: Annotated[str, typer.Argument(help="A checkpoint, a Hugging Face model directory, or demo.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the engine goes.")],
-    target: Annotated[str, typer.Option(help="auto, or a target named by `farrier detect`, such as cpu.")] = "auto",
+    target: Annotated[
+        str, typer.Option(help="auto, a target named by `farrier detect` such as cpu, or a100, orin, h100, h200.")
+    ] = "auto",
     precision: Precision = "auto",
     overrides: Overrides = None,
-    kv_dtype: Annotated[Literal["auto", "f32", "bf16", "u8"], typer.Option(help="Type of the KV cache.")] = "auto",
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Sequences in one step.")] = 16,
-    max_num_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one step.")] = 512,
+    kv_dtype: Annotated[
+        Literal["auto", "f32", "bf16", "f16", "fp8", "u8"], typer.Option(help="Type of the KV cache.")
+    ] = "auto",
+    max_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences in one step; by default 16 on a CPU, 64 on a GPU.")
+    ] = None,
+    max_num_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in one step; by default 512 on a CPU, 4096 on a GPU.")
+    ] = None,
     max_seq_len: Annotated[
         int | None, typer.Option(min=1, help="Prompt plus output; by default the model's limit, at most 4096.")
     ] = None,
+    deterministic: Annotated[
+        bool, typer.Option(help="Logits that do not depend on the rest of the batch, to the bit; slower.")
+    ] = False,
     name: Name = None,
 ) -> None:
-    """Build the engine of a model for this machine."""
+    """Build the engine of a model, for this machine or for another."""
     from farrier.targets.build import BuildOptions, Estimate, build
-    from farrier.targets.detect import detect, select_target
+    from farrier.targets.detect import detect
+    from farrier.targets.known import build_target
 
     detection = detect()
     for warning in detection.warnings:
@@ -37,6 +49,7 @@ def build_command(
         max_batch_size=max_batch_size,
         max_num_tokens=max_num_tokens,
         max_seq_len=max_seq_len,
+        deterministic=deterministic,
         name=name or ("demo" if source == "demo" else None),
     )
 
@@ -48,12 +61,14 @@ def build_command(
             soft_wrap=True,
         )
 
+    chosen, runs_here = build_target(detection, target)
     with progress_bars() as progress:
         built = build(
             model_source(source),
             out,
-            select_target(detection, target),
+            chosen,
             options,
+            runs_here=runs_here,
             on_estimate=say,
             on_progress=progress,
         )

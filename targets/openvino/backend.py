@@ -4,7 +4,7 @@ import importlib.metadata
 from contextlib import closing
 from pathlib import Path
 
-from farrier.targets.backend import Progress
+from farrier.targets.backend import Choices, Progress
 from farrier.targets.checkpoint import WEIGHTS_FILE, CheckpointReader
 from farrier.targets.decoder import DecoderSpec
 from farrier.targets.engine import ENGINE_ABI, Engine, EngineConfig, Fingerprint, KvDtype
@@ -20,6 +20,12 @@ ENGINE_FILE = "rank0.engine"
 class OpenVinoBackend:
     name = "openvino"
     block_size = BLOCK_SIZE
+    default_batch_size = 16
+    default_num_tokens = 512
+
+    def check(self, target: Target, precisions: set[str], *, deterministic: bool) -> None:
+        if deterministic:
+            raise BuildError("The CPU backend has no batch-invariant mode; build without --deterministic.")
 
     def fingerprint(self, target: Target, precision: str, kv_dtype: KvDtype) -> Fingerprint:
         # An f32 cache means f32 arithmetic to OpenVINO, a bf16 one bf16; a u8 one goes with either.
@@ -42,6 +48,8 @@ class OpenVinoBackend:
                     "build with --kv-dtype f32."
                 )
             return "f32"
+        if asked in ("f16", "fp8"):
+            raise BuildError(f"The CPU keeps its KV cache in f32, bf16 or u8; {asked} is for GPUs.")
         if asked == "bf16" and not target.cpu.native_bf16:
             raise BuildError(f"{target.cpu.name} has no bf16 instructions; build with --kv-dtype f32 or u8.")
         if asked == "bf16" and precision == "f32":
@@ -59,7 +67,7 @@ class OpenVinoBackend:
         with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as weights:
             return packed_bytes(plan(checkpoint.spec, weights.tensors))
 
-    def pack(self, checkpoint: CheckpointReader, directory: Path, progress: Progress | None) -> None:
+    def pack(self, checkpoint: CheckpointReader, directory: Path, choices: Choices, progress: Progress | None) -> None:
         with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as weights:
             items = plan(checkpoint.spec, weights.tensors)
             write_engine_file(directory / ENGINE_FILE, items, weights.tensors, progress)

@@ -1,0 +1,355 @@
+"""Runs an engine on an NVIDIA GPU: follows the launch plan the build wrote, captured as graphs where it can be."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cuda.bindings import driver
+from cuda.core import Device, Stream
+from cuda.core.graph import Graph
+
+from farrier.targets.cuda.device import (
+    Array,
+    DeviceMemory,
+    LoadedKernel,
+    PinnedMemory,
+    PreparedLaunch,
+    Sizes,
+    check,
+    free_memory,
+    open_device,
+)
+from farrier.targets.cuda.inputs import InputLayout, decode_layout, fill_decode, fill_mixed, mixed_layout
+from farrier.targets.cuda.library import WORKSPACE_BYTES, Library
+from farrier.targets.cuda.plan import KERNEL_PREFIX, PLAN, PLAN_TENSOR, TYPE_BYTES, Launch, Plan, Program, Step
+from farrier.targets.cuda.sampler import Sampler
+from farrier.targets.cuda.upload import upload
+from farrier.targets.detect import detect, select_target
+from farrier.targets.engine import Batch, EngineConfig, Int32, KvMemory, StepResult
+from farrier.targets.errors import CheckpointError, EngineError, FarrierError, InsufficientResourcesError
+from farrier.targets.target import memory_budget
+from farrier.targets.tensorfile import TensorFile
+
+_SLOTS = 3
+"""Steps whose host memory is in use at once: one running, one enqueued, one being read."""
+_RESERVE_BYTES = 256 << 20
+"""Left free beside the KV pool: the driver's own needs grow with graphs and modules."""
+
+
+class CudaEngine:
+    """The engine contract over one CUDA stream; see `farrier.targets.engine`."""
+
+    def __init__(
+        self, config: EngineConfig, plan: Plan, device: Device, memory: DeviceMemory, weights: dict[str, Array],
+        kernels: dict[str, LoadedKernel],
+    ) -> None:  # fmt: skip
+        self._config = config
+        self._plan = plan
+        self._device = device
+        self._memory = memory
+        self._weights = weights
+        self._kernels = kernels
+        self._stream: Stream = device.create_stream()
+        self._library: Library | None = None
+        self._programs: _Programs | None = None
+
+    @classmethod
+    def load(cls, path: Path, config: EngineConfig) -> "CudaEngine":
+        try:
+            file = TensorFile.open(path)
+        except CheckpointError as error:
+            raise EngineError(f"The engine is damaged; build it again. {error}") from error
+        memory = DeviceMemory()
+        try:
+            device = open_device()
+            plan = PLAN.validate_json(file.tensors[PLAN_TENSOR].array.tobytes())
+            kernels = {
+                name: LoadedKernel(kernel, file.tensors[KERNEL_PREFIX + name].array.tobytes())
+                for name, kernel in plan.kernels.items()
+            }
+            weights = {
+                name: tensor
+                for name, tensor in file.tensors.items()
+                if name != PLAN_TENSOR and not name.startswith(KERNEL_PREFIX)
+            }
+            with file.trimmed():
+                return cls(config, plan, device, memory, upload(weights, memory, device), kernels)
+        except BaseException:
+            memory.close()
+            raise
+        finally:
+            weights = {}
+            file.close()
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._config
+
+    @property
+    def overlaps(self) -> bool:
+        return True
+
+    def memory(self) -> KvMemory:
+        per_block = self._config.kv_bytes_per_block
+        target = select_target(detect(), "auto")
+        free = memory_budget(target) if target.unified_memory else free_memory()
+        free -= _RESERVE_BYTES + WORKSPACE_BYTES + self._buffer_bytes()
+        return KvMemory(per_block, max(0, free) // per_block)
+
+    def _buffer_bytes(self) -> int:
+        rows = _ceilings(self._plan, self._config)
+        return sum(_rows(buffer.rows, rows) * buffer.columns * TYPE_BYTES[buffer.type] for buffer in self._plan.buffers)
+
+    def allocate(self, num_blocks: int) -> None:
+        if self._programs is not None:
+            raise EngineError("The KV pool is already allocated; load the engine again for another size.")
+        try:
+            arrays = self._weights | self._kv_pool(num_blocks) | self._buffers()
+        except InsufficientResourcesError as error:
+            raise InsufficientResourcesError(
+                f"A KV pool of {num_blocks} blocks does not fit into the GPU's memory; ask for fewer."
+            ) from error
+        self._library = Library(self._memory)
+        self._programs = _Programs(self._plan, self._config, arrays, self._kernels, self._library, self._memory)
+        self._programs.capture(self._stream)
+        self._sampler = Sampler(self._config, arrays, self._memory)
+        self._slots = [_Slot(self._programs, self._sampler, self._stream) for _ in range(_SLOTS)]
+        self._next_slot = 0
+
+    def _kv_pool(self, num_blocks: int) -> dict[str, Array]:
+        spec = self._config.spec
+        shape = (num_blocks, spec.num_kv_heads, self._config.block_size, spec.head_dim)
+        size = int(np.prod(shape)) * TYPE_BYTES[self._plan.kv_type]
+        names = [f"{kind}_cache.{index}" for index in range(len(spec.layers)) for kind in ("key", "value")]
+        base = self._memory.allocate(size * len(names))
+        return {name: Array(base + index * size, self._plan.kv_type, shape) for index, name in enumerate(names)}
+
+    def _buffers(self) -> dict[str, Array]:
+        rows = _ceilings(self._plan, self._config)
+        shapes = {buffer.name: (_rows(buffer.rows, rows), buffer.columns) for buffer in self._plan.buffers}
+        return {
+            buffer.name: Array(
+                self._memory.allocate(shapes[buffer.name][0] * buffer.columns * TYPE_BYTES[buffer.type]),
+                buffer.type,
+                shapes[buffer.name],
+            )
+            for buffer in self._plan.buffers
+        }
+
+    def step(self, batch: Batch) -> "_Handle":
+        assert self._programs is not None
+        slot = self._slots[self._next_slot]
+        self._next_slot = (self._next_slot + 1) % _SLOTS
+        return slot.run(batch)
+
+    def close(self) -> None:
+        for closing in (*getattr(self, "_slots", ()), *self._kernels.values(), self._library, self._memory):
+            if closing is not None:
+                closing.close()
+        self._slots, self._kernels, self._library, self._programs = [], {}, None, None
+
+
+def _ceilings(plan: Plan, config: EngineConfig) -> Sizes:
+    ceilings = config.ceilings
+    tiles = ceilings.max_num_tokens // plan.tile_rows + ceilings.max_batch_size
+    batch = max([program.rows for program in plan.programs if program.kind == "decode"], default=1)
+    rows = max(ceilings.max_batch_size, batch)
+    return {"#T": max(ceilings.max_num_tokens, rows), "#B": rows, "#S": rows, "#tiles": tiles}
+
+
+def _rows(rows: Any, ceilings: Sizes) -> int:
+    return rows if isinstance(rows, int) else ceilings[rows]
+
+
+class _Programs:
+    """The plan's programs, bound to addresses: ready to run."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        config: EngineConfig,
+        arrays: Mapping[str, Array],
+        kernels: Mapping[str, LoadedKernel],
+        library: Library,
+        memory: DeviceMemory,
+    ) -> None:
+        self.config = config
+        self.plan = plan
+        self.arrays = arrays
+        ceilings, block = config.ceilings, config.block_size
+        padded = max([ceilings.max_batch_size, *(p.rows for p in plan.programs if p.kind == "decode")])
+        self.layouts = {
+            "decode": decode_layout(ceilings, block, padded),
+            "mixed": mixed_layout(ceilings, block, plan.tile_rows),
+        }
+        self.addresses = {kind: memory.allocate(layout.size) for kind, layout in self.layouts.items()}
+        self._library = library
+        self._kernels = kernels
+        self._bound = {
+            kind: dict(arrays) | layout.arrays(self.addresses[kind]) for kind, layout in self.layouts.items()
+        }
+        by_kind = {kind: [p for p in plan.programs if p.kind == kind] for kind in ("decode", "mixed")}
+        self.decode = sorted(by_kind["decode"], key=lambda program: (program.rows, program.context))
+        self._mixed = sorted(by_kind["mixed"], key=lambda program: program.rows)
+        self._launches = {id(p): self._bind(p, p.kind) for p in (*self.decode, *self._mixed)}
+        self._tails = {p.kind: self._bind(p, "mixed") for p in plan.programs if p.kind not in by_kind}
+        self._graphs: dict[int, Graph] = {}
+
+    def _bind(self, program: Program, inputs: str) -> list["_BoundStep"]:
+        arrays = self._bound[inputs]
+        return [_BoundStep(step, arrays, self._kernels, self._library) for step in program.steps]
+
+    def capture(self, stream: Stream) -> None:
+        """Runs every decode program once on a batch of nothing, then captures it."""
+        rows = max((program.rows for program in self.decode), default=0)
+        if rows:
+            nothing = np.full(rows, -1, np.int32)
+            address = self._bound["decode"]["context_lens"].address
+            check(driver.cuMemcpyHtoD(address, nothing.ctypes.data, nothing.nbytes))
+        for program in self.decode:
+            sizes: Sizes = {"#T": program.rows, "#B": program.rows, "#S": program.rows}
+            self._follow(program, sizes, stream)
+            stream.sync()
+            builder = stream.create_graph_builder()
+            builder.begin_building()
+            self._follow(program, sizes, builder.stream)
+            graph = builder.end_building().complete()
+            builder.close()
+            graph.upload(stream)
+            self._graphs[id(program)] = graph
+        stream.sync()
+
+    def _follow(self, program: Program, sizes: Sizes, stream: Stream) -> None:
+        for step in (*self._launches[id(program)], *self._tails["greedy"]):
+            step.run(sizes, stream)
+
+    def decode_program(self, batch: Batch) -> Program | None:
+        """The smallest captured program that holds the batch; None when only a mixed one does."""
+        count = batch.num_sequences
+        if not count == batch.num_tokens == len(batch.sample_rows):
+            return None
+        longest = int(batch.context_lens.max()) + 1
+        for program in self.decode:
+            if program.rows >= count and program.context >= longest:
+                return program
+        return None
+
+    def run_decode(self, program: Program, stream: Stream) -> None:
+        self._graphs[id(program)].launch(stream)
+
+    def run_mixed(self, sizes: Sizes, stream: Stream) -> None:
+        program = next(program for program in self._mixed if program.rows >= sizes["#T"])
+        self._follow(program, sizes, stream)
+
+    def run_tail(self, kind: str, sizes: Sizes, stream: Stream) -> None:
+        for step in self._tails[kind]:
+            step.run(sizes, stream)
+
+
+class _BoundStep:
+    """One step of a program with its addresses filled in."""
+
+    def __init__(
+        self, step: Step, arrays: Mapping[str, Array], kernels: Mapping[str, LoadedKernel], library: Library
+    ) -> None:
+        self._step = step
+        self._library = library
+        if isinstance(step, Launch):
+            arguments = [self._argument(argument, arrays) for argument in step.arguments]
+            self._launch: PreparedLaunch | None = PreparedLaunch(kernels[step.kernel], step.grid, arguments)
+        else:
+            self._launch = None
+            self._operands = arrays[step.x], arrays[step.weight], step.bias and arrays[step.bias], arrays[step.out]
+
+    @staticmethod
+    def _argument(argument: Any, arrays: Mapping[str, Array]) -> Any:
+        return arrays[argument] if isinstance(argument, str) and not argument.startswith("#") else argument
+
+    def run(self, sizes: Sizes, stream: Stream) -> None:
+        if self._launch is not None:
+            self._launch.launch(sizes, stream)
+            return
+        step: Any = self._step
+        x, weight, bias, out = self._operands
+        rows = _rows(step.rows, sizes)
+        if rows:
+            self._library.multiply(x, weight, bias, out, rows, accumulate=step.accumulate, stream=stream)
+
+
+class _Slot:
+    """Host memory of one step under way: its inputs, and where its results arrive."""
+
+    def __init__(self, programs: _Programs, sampler: Sampler, stream: Stream) -> None:
+        self._programs = programs
+        self._stream = stream
+        self._sampling = sampler.slot()
+        self._inputs = {kind: _PinnedInputs(layout) for kind, layout in programs.layouts.items()}
+        self._results = PinnedMemory(4 * programs.arrays["sampled"].shape[0])
+        self._pending: _Handle | None = None
+
+    def run(self, batch: Batch) -> "_Handle":
+        if self._pending is not None:
+            self._pending.wait()
+        programs, stream = self._programs, self._stream
+        config = programs.config
+        count = len(batch.sample_rows)
+        sizes: dict[Any, int] = {"#T": batch.num_tokens, "#B": batch.num_sequences, "#S": count}
+        program = programs.decode_program(batch)
+        if program is not None:
+            place = self._inputs["decode"]
+            blocks = fill_decode(place.arrays, batch, program.rows)
+            place.copy(blocks, programs.addresses["decode"], stream)
+            programs.run_decode(program, stream)
+        else:
+            place = self._inputs["mixed"]
+            blocks, tiles = fill_mixed(place.arrays, batch, config.block_size, programs.plan.tile_rows)
+            sizes["#tiles"] = tiles
+            place.copy(blocks, programs.addresses["mixed"], stream)
+            programs.run_mixed(sizes, stream)
+        self._sampling.run(batch.sampling, sizes, programs, stream)
+        if count:
+            sampled = programs.arrays["sampled"]
+            check(driver.cuMemcpyDtoHAsync(self._results.address, sampled.address, 4 * count, stream.handle))
+        self._pending = _Handle(stream.record(), self._results.array[: 4 * count].view(np.int32), self._sampling)
+        return self._pending
+
+    def close(self) -> None:
+        for closing in (*self._inputs.values(), self._results, self._sampling):
+            closing.close()
+
+
+class _PinnedInputs:
+    def __init__(self, layout: InputLayout) -> None:
+        self._memory = PinnedMemory(layout.size)
+        whole = self._memory.array.view(np.int32)
+        self.arrays = {name: whole[start : start + layout.capacities[name]] for name, start in layout.offsets.items()}
+        self._last = layout.offsets["block_ids"]
+
+    def copy(self, num_blocks: int, address: int, stream: Stream) -> None:
+        size = 4 * (self._last + num_blocks)
+        check(driver.cuMemcpyHtoDAsync(address, self._memory.address, size, stream.handle))
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+class _Handle:
+    def __init__(self, event: Any, tokens: Int32, sampling: Any) -> None:
+        self._event = event
+        self._tokens = tokens
+        self._sampling = sampling
+        self._result: StepResult | None = None
+
+    def wait(self) -> StepResult:
+        if self._result is None:
+            try:
+                self._event.sync()
+            except FarrierError:
+                raise
+            except Exception as error:
+                raise EngineError(
+                    f"The GPU failed while running a step: {error}; start the engine again.", code="device_failed"
+                ) from error
+            self._result = StepResult(self._tokens.copy(), self._sampling.logprobs(self._tokens))
+        return self._result

@@ -1,0 +1,426 @@
+"""Walks a `DecoderSpec` into a launch plan and the kernels it needs."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from farrier.plugins.activation import Gated
+from farrier.plugins.attention import DecodeAttention, PrefillAttention
+from farrier.plugins.embedding import Embedding
+from farrier.plugins.gemm import Gemm, GemmTile
+from farrier.plugins.gemv import Gemv, GemvTile
+from farrier.plugins.kernel import PDL_CAPABILITY, KernelSource
+from farrier.plugins.norm import PostNormAdd, Quantize, RmsNorm
+from farrier.plugins.rope import RopeAppend
+from farrier.targets.cuda.plan import Buffer, Extent, Launch, Multiply, Program, Size, Step, Type
+from farrier.targets.cuda.products import GEMV_ROWS, Epilogue, Product, Tactics
+from farrier.targets.decoder import DecoderSpec, LayerSpec
+from farrier.targets.engine import Ceilings
+
+_DECODE_ROWS = (*GEMV_ROWS, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_MIXED_ROWS = (64, 256)
+_CONTEXTS = (1024, 8192)
+_FEW_ROWS = 16
+"""Up to so many sequences, attention is split over the context, and how finely depends on its length."""
+
+_WEIGHTS = {"BF16": "bf16", "F16": "fp16", "F8_E4M3": "fp8", "I8": "int8", "U8": "int4"}
+
+
+class Shaped(Protocol):
+    """A tensor of the engine file, as far as lowering looks at it."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was decided before lowering; `capability` as in `sm_90`."""
+
+    capability: int
+    activation: Type
+    kv_type: Type
+    block_size: int
+    ceilings: Ceilings
+    deterministic: bool
+
+    @property
+    def pdl(self) -> bool:
+        return self.capability >= PDL_CAPABILITY
+
+
+@dataclass(frozen=True)
+class Lowered:
+    programs: tuple[Program, ...]
+    buffers: tuple[Buffer, ...]
+    sources: Mapping[str, KernelSource]
+    tile_rows: int
+    products: Mapping[str, tuple[Product, int]]
+    """Key in `model.cache` → each product and the number of rows it was chosen for."""
+
+
+def lower(spec: DecoderSpec, weights: Mapping[str, Shaped], settings: Settings, tactics: Tactics) -> Lowered:
+    """`weights`: the engine file's tensors (see `pack`)."""
+    return _Lowering(spec, weights, settings, tactics).lowered()
+
+
+class _Lowering:
+    def __init__(self, spec: DecoderSpec, weights: Mapping[str, Shaped], settings: Settings, tactics: Tactics) -> None:
+        self.spec = spec
+        self.weights = weights
+        self.settings = settings
+        self.tactics = tactics
+        self._sources: dict[str, KernelSource] = {}
+        self._buffers: dict[str, Buffer] = {}
+        self._products: dict[str, tuple[Product, int]] = {}
+        self._steps: list[Step] = []
+        self._prefill = self._prefill_variants()
+
+    def lowered(self) -> Lowered:
+        programs = [*self._decode_programs(), *self._mixed_programs(), *self._tails()]
+        return Lowered(tuple(programs), tuple(self._buffers.values()), self._sources, self._tile_rows, self._products)
+
+    # Programs
+
+    def _decode_programs(self) -> list[Program]:
+        if self.settings.deterministic:
+            return []
+        ceilings = self.settings.ceilings
+        rows_list = [rows for rows in _DECODE_ROWS if rows < ceilings.max_batch_size]
+        rows_list.append(next((r for r in _DECODE_ROWS if r >= ceilings.max_batch_size), ceilings.max_batch_size))
+        programs = []
+        for rows in rows_list:
+            contexts = [c for c in _CONTEXTS if c < ceilings.max_seq_len] if rows <= _FEW_ROWS else []
+            for context in (*contexts, ceilings.max_seq_len):
+                self._forward(_Rows("decode", "#T", rows, context))
+                programs.append(Program("decode", rows, context, self._taken()))
+        return programs
+
+    def _mixed_programs(self) -> list[Program]:
+        most = self.settings.ceilings.max_num_tokens
+        programs = []
+        for rows in (*(rows for rows in _MIXED_ROWS if rows < most), most):
+            self._forward(_Rows("mixed", "#T", rows, self.settings.ceilings.max_seq_len))
+            programs.append(Program("mixed", rows, self.settings.ceilings.max_seq_len, self._taken()))
+        return programs
+
+    def _taken(self) -> tuple[Step, ...]:
+        steps, self._steps = tuple(self._steps), []
+        return steps
+
+    # The model
+
+    def _forward(self, rows: "_Rows") -> None:
+        spec = self.spec
+        table = self.weights["embed.weight"]
+        self._buffer("residual", "fp32", "#T", spec.hidden_size)
+        self._buffer("sampled", "i32", "#S", 1)
+        embedding = Embedding(
+            vocab_size=table.shape[0],
+            hidden_size=spec.hidden_size,
+            table_type=_float_type(table),
+            multiplier=spec.embedding_multiplier,
+            pdl=self.settings.pdl,
+        )
+        self._launch(embedding, embedding.grid(rows.size), "token_ids", "sampled", "embed.weight", "residual")
+        for index, layer in enumerate(spec.layers):
+            self._attention(index, layer, rows)
+            self._mlp(index, layer, rows)
+        self._logits(rows)
+
+    def _attention(self, index: int, layer: LayerSpec, rows: "_Rows") -> None:
+        spec, p = self.spec, f"layers.{index}."
+        columns = spec.q_size + 2 * spec.kv_size
+        self._buffer("qkv", self.settings.activation, "#T", columns)
+        self._buffer("attended", self.settings.activation, "#T", spec.q_size)
+        self._product(p + "qkv", "residual", "qkv", "store", rows, norm=p + "attn_norm.weight")
+        rope = (f"rope.{layer.rope}.cos", f"rope.{layer.rope}.sin")
+        norms = (f"{p}q_norm.weight", f"{p}k_norm.weight") if spec.qk_norm else ()
+        caches = (f"key_cache.{index}", f"value_cache.{index}")
+        blocks = ("block_ids", "block_starts")
+        if rows.kind == "decode":
+            variant = self._decode_variant(layer, rows)
+            per_row = spec.num_heads * variant.splits
+            self._buffer("partial_out", "fp32", "#B", per_row * spec.head_dim)
+            self._buffer("partial_stats", "fp32", "#B", per_row * 2)
+            self._buffer("attention_counters", "i32", "#B", spec.num_kv_heads)
+            partial = ("partial_out", "partial_stats", "attention_counters")
+            self._launch(
+                variant, variant.grid(rows.size), "qkv", "context_lens", *blocks, *rope, *norms, *caches, *partial,
+                "attended",
+            )  # fmt: skip
+        else:
+            append = self._append_variant(layer)
+            self._buffer("q", self.settings.activation, "#T", spec.q_size)
+            self._launch(
+                append, append.grid(rows.size), "qkv", "positions", "slots", *rope, *norms, "q", *caches
+            )  # fmt: skip
+            prefill = self._prefill[layer.window]
+            self._launch(
+                prefill, prefill.grid("#tiles"), "q", *caches, "tiles", "query_starts", "context_lens", *blocks,
+                "attended",
+            )  # fmt: skip
+        self._joined(p + "o", "attended", p + "attn_post_norm.weight", rows)
+
+    def _mlp(self, index: int, layer: LayerSpec, rows: "_Rows") -> None:
+        p = f"layers.{index}."
+        if layer.moe:
+            raise NotImplementedError
+        self._buffer("hidden", self.settings.activation, "#T", self.spec.intermediate_size)
+        self._product(p + "gate_up", "residual", "hidden", "gated", rows, norm=p + "mlp_norm.weight")
+        self._joined(p + "down", "hidden", p + "mlp_post_norm.weight", rows)
+
+    def _joined(self, name: str, x: str, post_norm: str, rows: "_Rows") -> None:
+        """residual += x @ weightᵀ, normalized on the way where the model does that."""
+        if not self.spec.sandwich_norms:
+            self._product(name, x, "residual", "add", rows)
+            return
+        self._buffer("joining", "fp32", "#T", self.spec.hidden_size)
+        self._product(name, x, "joining", "store", rows)
+        variant = PostNormAdd(self.spec.hidden_size, self.spec.norm_eps, pdl=self.settings.pdl)
+        self._launch(variant, variant.grid(rows.size), "joining", post_norm, "residual")
+
+    def _logits(self, rows: "_Rows") -> None:
+        name = "lm_head" if "lm_head.weight" in self.weights else "embed"
+        self._buffer("logits", "fp32", "#S", self.spec.vocab_size)
+        x = "residual"
+        if rows.kind == "mixed":
+            # Only the sampled rows go on.
+            self._buffer("last", "fp32", "#S", self.spec.hidden_size)
+            rows = _Rows("mixed", "#S", self.settings.ceilings.max_batch_size, rows.context, gather="sample_rows")
+        self._product(
+            name, x, "logits", "store", rows, norm="final_norm.weight", softcap=self.spec.final_softcap
+        )  # fmt: skip
+
+    # Products
+
+    def _product(
+        self,
+        name: str,
+        x: str,
+        out: str,
+        epilogue: Epilogue,
+        rows: "_Rows",
+        *,
+        norm: str | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        weight, scale = self.weights[name + ".weight"], self.weights.get(name + ".scale")
+        format_ = _WEIGHTS[weight.dtype]
+        n = weight.shape[0]
+        k = weight.shape[1] * (2 if format_ == "int4" else 1)
+        grouped = scale is not None and len(scale.shape) == 2 and scale.shape[1] > 1
+        product = Product(
+            n=n,
+            k=k,
+            weight=format_,
+            group_size=k // scale.shape[1] if grouped and scale is not None else None,
+            zeros=name + ".zero" in self.weights,
+            epilogue=epilogue,
+            normed=norm is not None,
+            bias=name + ".bias" in self.weights,
+            softcap=softcap,
+            out_type=self._buffers[out].type,
+        )
+        choice = self.tactics.choose(product, rows.count)
+        self._products[product.key(rows.count)] = (product, rows.count)
+        operands = [name + ".weight"]
+        operands += [name + suffix for suffix in (".scale", ".zero", ".bias") if name + suffix in self.weights]
+        if isinstance(choice, GemvTile) and rows.kind == "decode":
+            self._stream(product, choice, rows, x, norm, operands, out)
+            return
+        quantized = format_ == "fp8"
+        if norm is not None:
+            x = self._normalized(x, norm, rows, quantized=quantized)
+        elif quantized:
+            x = self._quantized(x, k, rows)
+        if isinstance(choice, GemmTile):
+            self._multiply(product, choice, rows, x, operands, out)
+        else:
+            self._library(product, rows, x, operands, out)
+
+    def _stream(
+        self, product: Product, tile: GemvTile, rows: "_Rows", x: str, norm: str | None, operands: list[str], out: str
+    ) -> None:
+        variant = Gemv(
+            rows=rows.count,
+            n=product.columns,
+            k=product.k,
+            weight=product.weight,
+            group_size=product.group_size,
+            zeros=product.zeros,
+            x_type=self._buffers[x].type,
+            out_type=product.out_type,
+            epilogue=product.epilogue,
+            activation=self.spec.activation,
+            norm_eps=self.spec.norm_eps if norm is not None else None,
+            bias=product.bias,
+            softcap=product.softcap,
+            row_gather=False,
+            tile=tile,
+            pdl=self.settings.pdl,
+        )
+        self._launch(variant, variant.grid(), x, *([norm] if norm else []), *operands, out)
+
+    def _multiply(self, product: Product, tile: GemmTile, rows: "_Rows", x: str, operands: list[str], out: str) -> None:
+        x_type = self._buffers[x].type
+        variant = Gemm(
+            n=product.columns,
+            k=product.k,
+            weight=product.weight,
+            group_size=product.group_size,
+            zeros=product.zeros,
+            x_type=x_type,
+            out_type=product.out_type,
+            epilogue=product.epilogue,
+            activation=self.spec.activation,
+            bias=product.bias,
+            softcap=product.softcap,
+            tma=tile.tma,
+            tile=tile,
+            pdl=self.settings.pdl,
+        )
+        scales = [x + ".scale"] if x_type == "fp8e4nv" else []
+        self._launch(variant, variant.grid(rows.size), x, *scales, *operands, out, rows.size)
+
+    def _library(self, product: Product, rows: "_Rows", x: str, operands: list[str], out: str) -> None:
+        activation = self.settings.activation
+        weight, bias = operands[0], operands[1] if product.bias else None
+        target, type_ = out, product.out_type
+        if product.epilogue == "gated":
+            target, type_ = "gate_up", activation
+            self._buffer("gate_up", activation, "#T", product.n)
+        self._steps.append(
+            Multiply(
+                x=x,
+                weight=weight,
+                bias=bias,
+                out=target,
+                rows=rows.size,
+                n=product.n,
+                k=product.k,
+                type=activation,
+                out_type=type_,
+                accumulate=product.epilogue == "add",
+            )
+        )
+        if product.epilogue == "gated":
+            variant = Gated(product.columns, activation, activation, self.spec.activation, pdl=self.settings.pdl)
+            self._launch(variant, variant.grid(rows.size), "gate_up", out)
+
+    def _normalized(self, x: str, norm: str, rows: "_Rows", *, quantized: bool) -> str:
+        hidden = self.spec.hidden_size
+        out_type: Type = "fp8e4nv" if quantized else self.settings.activation
+        out = "normed8" if quantized else "normed"
+        self._buffer(out, out_type, "#T", hidden)
+        scales = self._scales(out) if quantized else ()
+        variant = RmsNorm(
+            hidden_size=hidden,
+            eps=self.spec.norm_eps,
+            out_type=out_type,
+            gather=rows.gather is not None,
+            pdl=self.settings.pdl,
+        )
+        picked = [rows.gather] if rows.gather else []
+        self._launch(variant, variant.grid(rows.size), x, *picked, norm, out, *scales)
+        return out
+
+    def _quantized(self, x: str, columns: int, rows: "_Rows") -> str:
+        out = x + "8"
+        self._buffer(out, "fp8e4nv", "#T", columns)
+        variant = Quantize(columns, self.settings.activation, pdl=self.settings.pdl)
+        self._launch(variant, variant.grid(rows.size), x, out, *self._scales(out))
+        return out
+
+    def _scales(self, name: str) -> tuple[str]:
+        self._buffer(name + ".scale", "fp32", "#T", 1)
+        return (name + ".scale",)
+
+    # Attention variants
+
+    def _head_settings(self, layer: LayerSpec) -> dict[str, Any]:
+        return {
+            "num_heads": self.spec.num_heads,
+            "num_kv_heads": self.spec.num_kv_heads,
+            "head_dim": self.spec.head_dim,
+            "kv_type": self.settings.kv_type,
+            "pdl": self.settings.pdl,
+        }
+
+    def _rope_settings(self, layer: LayerSpec) -> dict[str, Any]:
+        return self._head_settings(layer) | {
+            "rotary_dim": self.spec.ropes[layer.rope].rotary_dim,
+            "qk_norm_eps": self.spec.norm_eps if self.spec.qk_norm else None,
+            "qkv_type": self.settings.activation,
+            "out_type": self.settings.activation,
+        }
+
+    def _decode_variant(self, layer: LayerSpec, rows: "_Rows") -> DecodeAttention:
+        return DecodeAttention(
+            **self._rope_settings(layer),
+            scale=self.spec.attention_scale,
+            window=layer.window,
+            softcap=self.spec.attention_softcap,
+            **DecodeAttention.defaults(
+                rows.count, rows.context, self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
+            ),
+        )
+
+    def _append_variant(self, layer: LayerSpec) -> RopeAppend:
+        return RopeAppend(**self._rope_settings(layer))
+
+    def _prefill_variants(self) -> dict[int | None, PrefillAttention]:
+        return {
+            layer.window: PrefillAttention(
+                **self._head_settings(layer),
+                q_type=self.settings.activation,
+                scale=self.spec.attention_scale,
+                window=layer.window,
+                softcap=self.spec.attention_softcap,
+                **PrefillAttention.defaults(
+                    self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim, self.settings.capability
+                ),
+            )
+            for layer in self.spec.layers
+        }
+
+    @property
+    def _tile_rows(self) -> int:
+        return next(iter(self._prefill.values())).block_q
+
+    # Bookkeeping
+
+    def _buffer(self, name: str, type_: Type, rows: Size | int, columns: int) -> None:
+        known = self._buffers.get(name)
+        if known is not None:
+            columns = max(columns, known.columns)
+        self._buffers[name] = Buffer(name, type_, rows, columns)
+
+    def _launch(self, variant: Any, grid: tuple[Extent, ...], *arguments: Any) -> None:
+        name = type(variant).__name__.lower() + "-" + hashlib.sha256(repr(variant).encode()).hexdigest()[:16]
+        if name not in self._sources:
+            self._sources[name] = variant.source()
+        expected = len(self._sources[name].arguments)
+        if len(arguments) != expected:
+            raise ValueError(f"{type(variant).__name__} takes {expected} arguments, not {arguments}.")
+        x, y, z = (*grid, 1, 1)[:3]
+        self._steps.append(Launch(name, (x, y, z), tuple(arguments)))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows a part of a program works on: their run-time size, and how many there are at most (decode: exactly)."""
+
+    kind: str
+    size: Size
+    count: int
+    context: int
+    gather: str | None = None
+
+
+def _float_type(tensor: Shaped) -> str:
+    return {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}[tensor.dtype]

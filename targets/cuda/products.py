@@ -1,0 +1,71 @@
+"""The matrix products of a model, and which kernel runs each of them at how many rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from farrier.plugins.gemm import Gemm, GemmTile
+from farrier.plugins.gemv import Gemv, GemvTile
+from farrier.targets.cuda.plan import Type
+
+Epilogue = Literal["store", "add", "gated"]
+Library = Literal["library"]
+Choice = GemvTile | GemmTile | Library
+"""A tile of our own streaming or matrix kernel, or cuBLASLt."""
+
+GEMV_ROWS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Product:
+    """x[rows, k] → [rows, n]: `n` counts weight rows, twice the output columns for `gated`. `normed`: x is the
+    residual and still has to be normalized."""
+
+    n: int
+    k: int
+    weight: Literal["bf16", "fp16", "fp8", "int8", "int4"]
+    group_size: int | None
+    zeros: bool
+    epilogue: Epilogue
+    normed: bool
+    bias: bool
+    softcap: float | None
+    out_type: Type
+
+    @property
+    def columns(self) -> int:
+        return self.n // 2 if self.epilogue == "gated" else self.n
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight is a matrix of the activations' own type, as cuBLASLt takes it."""
+        return self.weight in ("bf16", "fp16")
+
+    def key(self, rows: int) -> str:
+        """Names this product at so many rows in `model.cache`."""
+        group = f"g{self.group_size}" if self.group_size else ""
+        flags = "".join(name[0] for name in ("normed", "bias", "zeros") if getattr(self, name))
+        return f"{rows}x{self.n}x{self.k}-{self.weight}{group}-{self.epilogue}-{self.out_type}{flags}"
+
+
+class Tactics:
+    """Choices: what a sweep measured to be fastest where it did, else defaults."""
+
+    def __init__(self, capability: int, *, deterministic: bool, swept: Mapping[str, Choice] | None = None) -> None:
+        self._capability = capability
+        self._deterministic = deterministic
+        self._swept = swept or {}
+
+    def choose(self, product: Product, rows: int) -> Choice:
+        """`rows`: as many as the product has, or at most has."""
+        if self._deterministic:
+            # One kernel and tile for any number of rows: then no row's result depends on the others.
+            return Gemm.default_tile(product, 64, self._capability)
+        swept = self._swept.get(product.key(rows))
+        if swept is not None:
+            return swept
+        if rows in GEMV_ROWS:
+            return Gemv.default_tile(product, rows, self._capability)
+        if product.is_plain and product.softcap is None:
+            return "library"
+        return Gemm.default_tile(product, rows, self._capability)
