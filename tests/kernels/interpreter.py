@@ -18,6 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, 
 from farrier.plugins.kernel import KernelSource
 
 _TYPE_NAMES = {
+    "fp64": "float64",
     "fp32": "float32",
     "fp16": "float16",
     "bf16": "bfloat16",
@@ -45,7 +46,7 @@ def run(source: KernelSource, grid: tuple[int, ...], *arguments: Any) -> None:
             given[name] = _Pointer(array, _TYPE_NAMES[type_[1:]])
         else:
             given[name] = value
-    with _patched():
+    with _patched(), np.errstate(all="ignore"):  # a GPU does not warn
         _interpreted(source.function).run(grid=grid, warmup=False, **given)
 
 
@@ -150,7 +151,7 @@ _GLUON = _GluonLanguage()
 @contextmanager
 def _patched() -> Iterator[None]:
     """The interpreter multiplies bf16 and fp8 matrices by their bits, and truncates where the GPU rounds."""
-    original = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    original = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         product = np.matmul(_float32(a), _float32(b), dtype=np.float32) + d.data
@@ -164,12 +165,22 @@ def _patched() -> Iterator[None]:
             return TensorHandle(rounded.astype(np.uint16), target)
         return original[1](self, src, dst_type)
 
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.float8e4nv:
+            return TensorHandle(float8(src.data), tl.float8e4nv)
+        return original[2](self, src, dst_type, rounding_mode)
+
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     try:
         yield
     finally:
-        InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = original
+        (
+            InterpreterBuilder.create_dot,
+            InterpreterBuilder.cast_impl,
+            InterpreterBuilder.create_fp_to_fp,
+        ) = original
 
 
 def _float32(handle: Any) -> Any:
@@ -188,3 +199,24 @@ def bfloat16(values: Any) -> Any:
 def float32(bits: Any) -> Any:
     """bf16 bits as float32 values."""
     return (np.asarray(bits, np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def float8(values: Any) -> Any:
+    """float32 values as e4m3 bits, rounded to nearest even, saturating; NaN stays NaN."""
+    values = np.asarray(values, np.float32)
+    finite = float8_values(np.arange(127, dtype=np.uint8))
+    magnitude = np.abs(values)
+    above = np.clip(np.searchsorted(finite, magnitude), 1, 126)
+    to_next, to_last = finite[above] - magnitude, magnitude - finite[above - 1]
+    bits = np.where((to_last < to_next) | ((to_last == to_next) & (above % 2 == 1)), above - 1, above)
+    bits = np.where(np.isnan(values), 127, bits)
+    return (bits | np.where(np.signbit(values), 128, 0)).astype(np.uint8)
+
+
+def float8_values(bits: Any) -> Any:
+    """e4m3 bits as float32 values."""
+    bits = np.asarray(bits, np.uint8).astype(np.int32)
+    exponent, mantissa = (bits >> 3) & 15, bits & 7
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    magnitude = np.where((bits & 127) == 127, np.nan, magnitude)
+    return np.where(bits & 128, -magnitude, magnitude).astype(np.float32)
