@@ -37,9 +37,10 @@ class Product:
         return self.n // 2 if self.epilogue == "gated" else self.n
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the weight is a matrix of the activations' own type, as cuBLASLt takes it."""
-        return self.weight in ("bf16", "fp16")
+    def in_library(self) -> bool:
+        """Whether cuBLASLt can run it: it takes weights of the activations' own type, and a bias only of the type it
+        puts out."""
+        return self.weight in ("bf16", "fp16") and self.softcap is None and not (self.bias and self.out_type == "fp32")
 
     def key(self, rows: int) -> str:
         """Names this product at so many rows in `model.cache`."""
@@ -66,6 +67,6 @@ class Tactics:
             return swept
         if rows in GEMV_ROWS:
             return Gemv.default_tile(product, rows, self._capability)
-        if product.is_plain and product.softcap is None:
+        if product.in_library:
             return "library"
         return Gemm.default_tile(product, rows, self._capability)
