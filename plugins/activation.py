@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from farrier.plugins.kernel import KernelSource
+from farrier.plugins.kernel import KernelSource, PerRows, Variant
 from farrier.plugins.rowwise import block_of, row_scale, to_fp8, warps_for
 
 _COLUMNS = 2048
@@ -16,7 +16,7 @@ _COLUMNS = 2048
 
 
 @dataclass(frozen=True)
-class Gated:
+class Gated(Variant):
     """The activation of a gated MLP.
 
     Arguments: gate_up `[T, 2 · width]` (a row's gates, then its ups), out `[T, width]`, and scale fp32 `[T]` if
@@ -38,8 +38,9 @@ class Gated:
         constants["PDL"] = self.pdl
         return KernelSource(_gated, arguments, constants, num_warps=self._warps, pdl=self.pdl)
 
-    def grid(self, tokens: int) -> tuple[int, ...]:
-        return (tokens, triton.cdiv(self.width, self._block))
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        return (PerRows(), triton.cdiv(self.width, self._block))
 
     @property
     def _scaled(self) -> bool:

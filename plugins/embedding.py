@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from farrier.plugins.kernel import KernelSource
+from farrier.plugins.kernel import KernelSource, PerRows, Variant
 from farrier.plugins.rowwise import block_of, warps_for
 
 
 @dataclass(frozen=True)
-class Embedding:
+class Embedding(Variant):
     """Copies the table's row of each token, times `multiplier`, into the fp32 residual stream.
 
     Arguments: token_ids i32 `[T]`, previous i32 (what each row of the previous step sampled), table
@@ -40,8 +40,9 @@ class Embedding:
             pdl=self.pdl,
         )
 
-    def grid(self, tokens: int) -> tuple[int, ...]:
-        return (tokens,)
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        return (PerRows(),)
 
 
 @triton.jit

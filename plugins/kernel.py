@@ -38,6 +38,33 @@ class KernelSource:
 
 
 @dataclass(frozen=True)
+class PerRows:
+    """So many programs for rows that are counted only at launch: ceil(rows / block) · factor."""
+
+    block: int = 1
+    factor: int = 1
+
+    def count(self, rows: int) -> int:
+        return -(-rows // self.block) * self.factor
+
+
+class Variant:
+    """A kernel with its compile-time decisions made; subclasses are frozen dataclasses that say what to pass."""
+
+    def source(self) -> KernelSource:
+        raise NotImplementedError
+
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        """How many programs to launch, in up to three dimensions."""
+        raise NotImplementedError
+
+    def grid(self, rows: int = 0) -> tuple[int, ...]:
+        """`extents` for so many rows."""
+        return tuple(extent if isinstance(extent, int) else extent.count(rows) for extent in self.extents)
+
+
+@dataclass(frozen=True)
 class TensorMap:
     """How a TMA descriptor argument is to be encoded: elements of a block, their size in bytes, and the driver's
     numbers for their type and the swizzle mode."""

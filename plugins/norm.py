@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from farrier.plugins.kernel import KernelSource
+from farrier.plugins.kernel import KernelSource, PerRows, Variant
 from farrier.plugins.rowwise import block_of, row_scale, to_fp8, warps_for
 
 FP8 = "fp8e4nv"
 
 
 @dataclass(frozen=True)
-class RmsNorm:
+class RmsNorm(Variant):
     """Normalizes rows of the residual stream.
 
     Arguments: x fp32 `[T, hidden]`; rows i32 `[S]` if `picks_rows` (a negative one reads row 0), else every row
@@ -43,12 +43,13 @@ class RmsNorm:
         constants |= {"EPS": self.eps, "WIDTH": self.hidden, "BLOCK": block_of(self.hidden), "PDL": self.pdl}
         return KernelSource(_rms_norm, arguments, constants, num_warps=warps_for(self.hidden), pdl=self.pdl)
 
-    def grid(self, rows: int) -> tuple[int, ...]:
-        return (rows,)
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        return (PerRows(),)
 
 
 @dataclass(frozen=True)
-class PostNormAdd:
+class PostNormAdd(Variant):
     """Adds what a sub-layer put out to the residual stream, normalized (Gemma).
 
     Arguments: y fp32 `[T, hidden]`, weight fp32 `[hidden]`, residual fp32 `[T, hidden]`, changed in place.
@@ -67,12 +68,13 @@ class PostNormAdd:
             pdl=self.pdl,
         )
 
-    def grid(self, tokens: int) -> tuple[int, ...]:
-        return (tokens,)
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        return (PerRows(),)
 
 
 @dataclass(frozen=True)
-class Quantize:
+class Quantize(Variant):
     """Quantizes each row to fp8 with a scale of its own.
 
     Arguments: x `[T, width]`, out fp8e4nv `[T, width]`, scale fp32 `[T]`: what to multiply a row of out with.
@@ -91,8 +93,9 @@ class Quantize:
             pdl=self.pdl,
         )
 
-    def grid(self, tokens: int) -> tuple[int, ...]:
-        return (tokens,)
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        return (PerRows(),)
 
 
 def _given(types: Mapping[str, str | None]) -> tuple[dict[str, str], dict[str, Any]]:

@@ -149,7 +149,7 @@ class PreparedLaunch:
 
     def launch(self, sizes: Sizes, stream: Stream) -> None:
         """Enqueues on `stream`, or records into the graph being captured there. Nothing happens for an empty grid."""
-        x, y, z = (extent if isinstance(extent, int) else -(-sizes[extent[0]] // extent[1]) for extent in self._grid)
+        x, y, z = (extent if isinstance(extent, int) else _count(extent, sizes) for extent in self._grid)
         if not x * y * z:
             return
         for view, size in self._sized:
@@ -158,6 +158,11 @@ class PreparedLaunch:
         config.gridDimX, config.gridDimY, config.gridDimZ = x, y, z
         config.hStream = stream.handle
         check(driver.cuLaunchKernelEx(config, self._function, self._pointers.ctypes.data, 0))
+
+
+def _count(extent: tuple[Size, int, int], sizes: Sizes) -> int:
+    size, block, factor = extent
+    return -(-sizes[size] // block) * factor
 
 
 class _Packer:

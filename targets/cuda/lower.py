@@ -10,7 +10,7 @@ from farrier.plugins.attention import DecodeAttention, PrefillAttention
 from farrier.plugins.embedding import Embedding
 from farrier.plugins.gemm import Gemm, GemmTile
 from farrier.plugins.gemv import Gemv, GemvTile
-from farrier.plugins.kernel import PDL_CAPABILITY, KernelSource
+from farrier.plugins.kernel import PDL_CAPABILITY, KernelSource, PerRows, Variant
 from farrier.plugins.norm import PostNormAdd, Quantize, RmsNorm
 from farrier.plugins.rope import RopeAppend
 from farrier.targets.cuda.plan import Buffer, Extent, Launch, Multiply, Program, Size, Step, Type
@@ -121,12 +121,12 @@ class _Lowering:
         self._buffer("sampled", "i32", "#S", 1)
         embedding = Embedding(
             vocab_size=table.shape[0],
-            hidden_size=spec.hidden_size,
+            hidden=spec.hidden_size,
             table_type=_float_type(table),
             multiplier=spec.embedding_multiplier,
             pdl=self.settings.pdl,
         )
-        self._launch(embedding, embedding.grid(rows.size), "token_ids", "sampled", "embed.weight", "residual")
+        self._launch(embedding, rows.size, "token_ids", "sampled", "embed.weight", "residual")
         for index, layer in enumerate(spec.layers):
             self._attention(index, layer, rows)
             self._mlp(index, layer, rows)
@@ -150,18 +150,18 @@ class _Lowering:
             self._buffer("attention_counters", "i32", "#B", spec.num_kv_heads)
             partial = ("partial_out", "partial_stats", "attention_counters")
             self._launch(
-                variant, variant.grid(rows.size), "qkv", "context_lens", *blocks, *rope, *norms, *caches, *partial,
+                variant, rows.size, "qkv", "context_lens", *blocks, *rope, *norms, *caches, *partial,
                 "attended",
             )  # fmt: skip
         else:
             append = self._append_variant(layer)
             self._buffer("q", self.settings.activation, "#T", spec.q_size)
             self._launch(
-                append, append.grid(rows.size), "qkv", "positions", "slots", *rope, *norms, "q", *caches
+                append, rows.size, "qkv", "positions", "slots", *rope, *norms, "q", *caches
             )  # fmt: skip
             prefill = self._prefill[layer.window]
             self._launch(
-                prefill, prefill.grid("#tiles"), "q", *caches, "tiles", "query_starts", "context_lens", *blocks,
+                prefill, "#tiles", "q", *caches, "tiles", "query_starts", "context_lens", *blocks,
                 "attended",
             )  # fmt: skip
         self._joined(p + "o", "attended", p + "attn_post_norm.weight", rows)
@@ -182,16 +182,14 @@ class _Lowering:
         self._buffer("joining", "fp32", "#T", self.spec.hidden_size)
         self._product(name, x, "joining", "store", rows)
         variant = PostNormAdd(self.spec.hidden_size, self.spec.norm_eps, pdl=self.settings.pdl)
-        self._launch(variant, variant.grid(rows.size), "joining", post_norm, "residual")
+        self._launch(variant, rows.size, "joining", post_norm, "residual")
 
     def _logits(self, rows: "_Rows") -> None:
         name = "lm_head" if "lm_head.weight" in self.weights else "embed"
         self._buffer("logits", "fp32", "#S", self.spec.vocab_size)
         x = "residual"
         if rows.kind == "mixed":
-            # Only the sampled rows go on.
-            self._buffer("last", "fp32", "#S", self.spec.hidden_size)
-            rows = _Rows("mixed", "#S", self.settings.ceilings.max_batch_size, rows.context, gather="sample_rows")
+            rows = _Rows("mixed", "#S", self.settings.ceilings.max_batch_size, rows.context, picked="sample_rows")
         self._product(
             name, x, "logits", "store", rows, norm="final_norm.weight", softcap=self.spec.final_softcap
         )  # fmt: skip
@@ -264,7 +262,7 @@ class _Lowering:
             tile=tile,
             pdl=self.settings.pdl,
         )
-        self._launch(variant, variant.grid(), x, *([norm] if norm else []), *operands, out)
+        self._launch(variant, rows.size, x, *([norm] if norm else []), *operands, out)
 
     def _multiply(self, product: Product, tile: GemmTile, rows: "_Rows", x: str, operands: list[str], out: str) -> None:
         x_type = self._buffers[x].type
@@ -285,7 +283,7 @@ class _Lowering:
             pdl=self.settings.pdl,
         )
         scales = [x + ".scale"] if x_type == "fp8e4nv" else []
-        self._launch(variant, variant.grid(rows.size), x, *scales, *operands, out, rows.size)
+        self._launch(variant, rows.size, x, *scales, *operands, out, rows.size)
 
     def _library(self, product: Product, rows: "_Rows", x: str, operands: list[str], out: str) -> None:
         activation = self.settings.activation
@@ -309,8 +307,8 @@ class _Lowering:
             )
         )
         if product.epilogue == "gated":
-            variant = Gated(product.columns, activation, activation, self.spec.activation, pdl=self.settings.pdl)
-            self._launch(variant, variant.grid(rows.size), "gate_up", out)
+            variant = Gated(product.columns, self.spec.activation, activation, activation, pdl=self.settings.pdl)
+            self._launch(variant, rows.size, "gate_up", out)
 
     def _normalized(self, x: str, norm: str, rows: "_Rows", *, quantized: bool) -> str:
         hidden = self.spec.hidden_size
@@ -319,21 +317,17 @@ class _Lowering:
         self._buffer(out, out_type, "#T", hidden)
         scales = self._scales(out) if quantized else ()
         variant = RmsNorm(
-            hidden_size=hidden,
-            eps=self.spec.norm_eps,
-            out_type=out_type,
-            gather=rows.gather is not None,
-            pdl=self.settings.pdl,
+            hidden, self.spec.norm_eps, out_type, picks_rows=rows.picked is not None, pdl=self.settings.pdl
         )
-        picked = [rows.gather] if rows.gather else []
-        self._launch(variant, variant.grid(rows.size), x, *picked, norm, out, *scales)
+        picked = [rows.picked] if rows.picked else []
+        self._launch(variant, rows.size, x, *picked, norm, out, *scales)
         return out
 
     def _quantized(self, x: str, columns: int, rows: "_Rows") -> str:
         out = x + "8"
         self._buffer(out, "fp8e4nv", "#T", columns)
         variant = Quantize(columns, self.settings.activation, pdl=self.settings.pdl)
-        self._launch(variant, variant.grid(rows.size), x, out, *self._scales(out))
+        self._launch(variant, rows.size, x, out, *self._scales(out))
         return out
 
     def _scales(self, name: str) -> tuple[str]:
@@ -400,15 +394,20 @@ class _Lowering:
             columns = max(columns, known.columns)
         self._buffers[name] = Buffer(name, type_, rows, columns)
 
-    def _launch(self, variant: Any, grid: tuple[Extent, ...], *arguments: Any) -> None:
-        name = type(variant).__name__.lower() + "-" + hashlib.sha256(repr(variant).encode()).hexdigest()[:16]
+    def _launch(self, variant: Variant, size: Size, *arguments: str) -> None:
+        """Enqueues `variant` over so many rows."""
+        name = f"{type(variant).__name__.lower()}-{hashlib.sha256(repr(variant).encode()).hexdigest()[:16]}"
         if name not in self._sources:
             self._sources[name] = variant.source()
-        expected = len(self._sources[name].arguments)
-        if len(arguments) != expected:
-            raise ValueError(f"{type(variant).__name__} takes {expected} arguments, not {arguments}.")
-        x, y, z = (*grid, 1, 1)[:3]
-        self._steps.append(Launch(name, (x, y, z), tuple(arguments)))
+        expected = list(self._sources[name].arguments)
+        if len(arguments) != len(expected):
+            raise ValueError(f"{type(variant).__name__} takes {expected}, not {arguments}.")
+        x, y, z = (*(_extent(extent, size) for extent in variant.extents), 1, 1)[:3]
+        self._steps.append(Launch(name, (x, y, z), arguments))
+
+
+def _extent(extent: int | PerRows, size: Size) -> Extent:
+    return extent if isinstance(extent, int) else (size, extent.block, extent.factor)
 
 
 @dataclass(frozen=True)
@@ -419,7 +418,7 @@ class _Rows:
     size: Size
     count: int
     context: int
-    gather: str | None = None
+    picked: str | None = None
 
 
 def _float_type(tensor: Shaped) -> str:

@@ -12,8 +12,8 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 Size = Literal["#T", "#B", "#S", "#tiles"]
-Extent = int | tuple[Size, int]
-"""A grid's dimension: a number, or a size divided by a block and rounded up."""
+Extent = int | tuple[Size, int, int]
+"""A grid's dimension: a number, or (size, block, factor): ceil(size / block) · factor."""
 
 Type = Literal["bf16", "fp16", "fp32", "fp64", "fp8e4nv", "i8", "u8", "i32", "u32"]
 TYPE_BYTES: dict[Type, int] = {

@@ -46,5 +46,3 @@ def _device() -> tuple[Any, int]:
     device = open_device()
     capability = device.compute_capability
     return device, 10 * capability.major + capability.minor
-
-

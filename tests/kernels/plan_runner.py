@@ -72,7 +72,7 @@ class PlanRunner:
         arrays = self.arrays | dict(inputs)
         for step in program.steps:
             if isinstance(step, Launch):
-                grid = tuple(e if isinstance(e, int) else -(-sizes[e[0]] // e[1]) for e in step.grid)
+                grid = tuple(e if isinstance(e, int) else -(-sizes[e[0]] // e[1]) * e[2] for e in step.grid)
                 given = [_argument(a, arrays, sizes) for a in step.arguments]
                 run(self._lowered.sources[step.kernel], grid, *given)
             else:
