@@ -1,5 +1,6 @@
 """Runs an engine on an NVIDIA GPU: follows the launch plan the build wrote, captured as graphs where it can be."""
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from farrier.targets.cuda.device import (
 from farrier.targets.cuda.inputs import InputLayout, decode_layout, fill_decode, fill_mixed, mixed_layout
 from farrier.targets.cuda.library import WORKSPACE_BYTES, Library
 from farrier.targets.cuda.plan import KERNEL_PREFIX, PLAN, PLAN_TENSOR, TYPE_BYTES, Launch, Plan, Program, Step
-from farrier.targets.cuda.sampler import Sampler
+from farrier.targets.cuda.sampler import SamplingSlot, sampling_layout
 from farrier.targets.cuda.upload import upload
 from farrier.targets.detect import detect, select_target
 from farrier.targets.engine import Batch, EngineConfig, Int32, KvMemory, StepResult
@@ -53,6 +54,9 @@ class CudaEngine:
         self._stream: Stream = device.create_stream()
         self._library: Library | None = None
         self._programs: _Programs | None = None
+        self._slots: list[_Slot] = []
+        self._next_slot = 0
+        self._thread = threading.get_ident()
 
     @classmethod
     def load(cls, path: Path, config: EngineConfig) -> "CudaEngine":
@@ -113,9 +117,7 @@ class CudaEngine:
         self._library = Library(self._memory)
         self._programs = _Programs(self._plan, self._config, arrays, self._kernels, self._library, self._memory)
         self._programs.capture(self._stream)
-        self._sampler = Sampler(self._config, arrays, self._memory)
-        self._slots = [_Slot(self._programs, self._sampler, self._stream) for _ in range(_SLOTS)]
-        self._next_slot = 0
+        self._slots = [_Slot(self._programs, self._stream) for _ in range(_SLOTS)]
 
     def _kv_pool(self, num_blocks: int) -> dict[str, Array]:
         spec = self._config.spec
@@ -139,12 +141,16 @@ class CudaEngine:
 
     def step(self, batch: Batch) -> "_Handle":
         assert self._programs is not None
+        # The runtime steps an engine from a thread of its own; CUDA's context belongs to a thread.
+        if threading.get_ident() != self._thread:
+            self._device.set_current()
+            self._thread = threading.get_ident()
         slot = self._slots[self._next_slot]
         self._next_slot = (self._next_slot + 1) % _SLOTS
         return slot.run(batch)
 
     def close(self) -> None:
-        for closing in (*getattr(self, "_slots", ()), *self._kernels.values(), self._library, self._memory):
+        for closing in (*self._slots, *self._kernels.values(), self._library, self._memory):
             if closing is not None:
                 closing.close()
         self._slots, self._kernels, self._library, self._programs = [], {}, None, None
@@ -182,6 +188,7 @@ class _Programs:
         self.layouts = {
             "decode": decode_layout(ceilings, block, padded),
             "mixed": mixed_layout(ceilings, block, plan.tile_rows),
+            "sampling": sampling_layout(config),
         }
         self.addresses = {kind: memory.allocate(layout.size) for kind, layout in self.layouts.items()}
         self._library = library
@@ -193,7 +200,7 @@ class _Programs:
         self.decode = sorted(by_kind["decode"], key=lambda program: (program.rows, program.context))
         self._mixed = sorted(by_kind["mixed"], key=lambda program: program.rows)
         self._launches = {id(p): self._bind(p, p.kind) for p in (*self.decode, *self._mixed)}
-        self._tails = {p.kind: self._bind(p, "mixed") for p in plan.programs if p.kind not in by_kind}
+        self._tails = {p.kind: self._bind(p, "sampling") for p in plan.programs if p.kind not in by_kind}
         self._graphs: dict[int, Graph] = {}
 
     def _bind(self, program: Program, inputs: str) -> list["_BoundStep"]:
@@ -280,11 +287,11 @@ class _BoundStep:
 class _Slot:
     """Host memory of one step under way: its inputs, and where its results arrive."""
 
-    def __init__(self, programs: _Programs, sampler: Sampler, stream: Stream) -> None:
+    def __init__(self, programs: _Programs, stream: Stream) -> None:
         self._programs = programs
         self._stream = stream
-        self._sampling = sampler.slot()
-        self._inputs = {kind: _PinnedInputs(layout) for kind, layout in programs.layouts.items()}
+        self._sampling = SamplingSlot(programs.layouts["sampling"], programs.arrays, programs.addresses["sampling"])
+        self._inputs = {kind: _PinnedInputs(programs.layouts[kind]) for kind in ("decode", "mixed")}
         self._results = PinnedMemory(4 * programs.arrays["sampled"].shape[0])
         self._pending: _Handle | None = None
 

@@ -3,16 +3,18 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
 from farrier.plugins.activation import Gated
-from farrier.plugins.attention import DecodeAttention, PrefillAttention
+from farrier.plugins.attention import AttentionShape, DecodeAttention, PrefillAttention
+from farrier.plugins.draw import Draw
 from farrier.plugins.embedding import Embedding
-from farrier.plugins.gemm import Gemm, GemmTile
+from farrier.plugins.gemm import TMA_CAPABILITY, Gemm, GemmTile, WeightForm
 from farrier.plugins.gemv import Gemv, GemvTile
 from farrier.plugins.kernel import PDL_CAPABILITY, KernelSource, PerRows, Variant
 from farrier.plugins.norm import PostNormAdd, Quantize, RmsNorm
 from farrier.plugins.rope import RopeAppend
+from farrier.plugins.sampling import Adjust, Greedy, padded_vocab
 from farrier.targets.cuda.plan import Buffer, Extent, Launch, Multiply, Program, Size, Step, Type
 from farrier.targets.cuda.products import GEMV_ROWS, Epilogue, Product, Tactics
 from farrier.targets.decoder import DecoderSpec, LayerSpec
@@ -52,6 +54,10 @@ class Settings:
     def pdl(self) -> bool:
         return self.capability >= PDL_CAPABILITY
 
+    @property
+    def tma(self) -> bool:
+        return self.capability >= TMA_CAPABILITY
+
 
 @dataclass(frozen=True)
 class Lowered:
@@ -78,7 +84,6 @@ class _Lowering:
         self._buffers: dict[str, Buffer] = {}
         self._products: dict[str, tuple[Product, int]] = {}
         self._steps: list[Step] = []
-        self._prefill = self._prefill_variants()
 
     def lowered(self) -> Lowered:
         programs = [*self._decode_programs(), *self._mixed_programs(), *self._tails()]
@@ -106,6 +111,36 @@ class _Lowering:
         for rows in (*(rows for rows in _MIXED_ROWS if rows < most), most):
             self._forward(_Rows("mixed", "#T", rows, self.settings.ceilings.max_seq_len))
             programs.append(Program("mixed", rows, self.settings.ceilings.max_seq_len, self._taken()))
+        return programs
+
+    def _tails(self) -> list[Program]:
+        """From logits to tokens. Greedy always runs; a row that is adjusted or drawn is overwritten after it."""
+        vocab, most = self.spec.vocab_size, self.settings.ceilings.max_batch_size
+        programs = []
+
+        def add(kind: Literal["greedy", "sample", "masked", "logprobs"]) -> None:
+            programs.append(Program(kind, most, 0, self._taken()))
+
+        pdl = self.settings.pdl
+        greedy = Greedy(vocab, pdl=pdl)
+        adjust = Adjust(vocab, pdl=pdl)
+        self._buffer("rank_partials", "i64", "#S", max(greedy.parts, adjust.parts))
+        self._buffer("rank_counters", "i32", "#S", 1)
+        ranking = ("rank_partials", "rank_counters", "sampled")
+        self._launch(greedy, "#S", "logits", *ranking)
+        add("greedy")
+        self._buffer("work", "fp32", "#S", padded_vocab(vocab))
+        for kind in ("sample", "masked"):
+            adjust = Adjust(vocab, masked=kind == "masked", pdl=pdl)
+            masks = ("masks",) if adjust.masked else ()
+            self._launch(
+                adjust, "#S", "logits", *masks, "bias_ids", "bias_values", "bias_starts", "history_ids",
+                "history_starts", "output_starts", "repetition_penalty", "presence_penalty", "frequency_penalty",
+                "work", *ranking,
+            )  # fmt: skip
+            draw = Draw(vocab, pdl=pdl)
+            self._launch(draw, "#S", "work", "temperature", "top_k", "top_p", "min_p", "draws", "sampled")
+            add(kind)
         return programs
 
     def _taken(self) -> tuple[Step, ...]:
@@ -159,7 +194,7 @@ class _Lowering:
             self._launch(
                 append, rows.size, "qkv", "positions", "slots", *rope, *norms, "q", *caches
             )  # fmt: skip
-            prefill = self._prefill[layer.window]
+            prefill = self._prefill_variant(layer)
             self._launch(
                 prefill, "#tiles", "q", *caches, "tiles", "query_starts", "context_lens", *blocks,
                 "attended",
@@ -249,37 +284,34 @@ class _Lowering:
             n=product.columns,
             k=product.k,
             weight=product.weight,
-            group_size=product.group_size,
-            zeros=product.zeros,
             x_type=self._buffers[x].type,
             out_type=product.out_type,
-            epilogue=product.epilogue,
-            activation=self.spec.activation,
-            norm_eps=self.spec.norm_eps if norm is not None else None,
-            bias=product.bias,
-            softcap=product.softcap,
-            row_gather=False,
             tile=tile,
+            group_size=product.group_size,
+            zeros=product.zeros,
+            epilogue=product.epilogue,
+            activation=self.spec.activation if product.epilogue == "gated" else None,
+            norm_eps=self.spec.norm_eps if norm is not None else None,
+            bias=self.settings.activation if product.bias else None,
+            softcap=product.softcap,
             pdl=self.settings.pdl,
         )
         self._launch(variant, rows.size, x, *([norm] if norm else []), *operands, out)
 
     def _multiply(self, product: Product, tile: GemmTile, rows: "_Rows", x: str, operands: list[str], out: str) -> None:
         x_type = self._buffers[x].type
+        tma = self.settings.tma and product.suits_tma
         variant = Gemm(
             n=product.columns,
             k=product.k,
-            weight=product.weight,
-            group_size=product.group_size,
-            zeros=product.zeros,
-            x_type=x_type,
+            form=WeightForm(product.weight, x_type, product.group_size or 0, product.zeros),
+            tile=tile,
             out_type=product.out_type,
             epilogue=product.epilogue,
-            activation=self.spec.activation,
+            activation=self.spec.activation if product.epilogue == "gated" else None,
             bias=product.bias,
-            softcap=product.softcap,
-            tma=tile.tma,
-            tile=tile,
+            softcap=product.softcap or 0.0,
+            tma=tma,
             pdl=self.settings.pdl,
         )
         scales = [x + ".scale"] if x_type == "fp8e4nv" else []
@@ -336,55 +368,47 @@ class _Lowering:
 
     # Attention variants
 
-    def _head_settings(self, layer: LayerSpec) -> dict[str, Any]:
-        return {
-            "num_heads": self.spec.num_heads,
-            "num_kv_heads": self.spec.num_kv_heads,
-            "head_dim": self.spec.head_dim,
-            "kv_type": self.settings.kv_type,
-            "pdl": self.settings.pdl,
-        }
-
-    def _rope_settings(self, layer: LayerSpec) -> dict[str, Any]:
-        return self._head_settings(layer) | {
-            "rotary_dim": self.spec.ropes[layer.rope].rotary_dim,
-            "qk_norm_eps": self.spec.norm_eps if self.spec.qk_norm else None,
-            "qkv_type": self.settings.activation,
-            "out_type": self.settings.activation,
-        }
-
-    def _decode_variant(self, layer: LayerSpec, rows: "_Rows") -> DecodeAttention:
-        return DecodeAttention(
-            **self._rope_settings(layer),
+    def _shape(self, layer: LayerSpec) -> AttentionShape:
+        return AttentionShape(
+            num_heads=self.spec.num_heads,
+            num_kv_heads=self.spec.num_kv_heads,
+            head_dim=self.spec.head_dim,
             scale=self.spec.attention_scale,
             window=layer.window,
             softcap=self.spec.attention_softcap,
-            **DecodeAttention.defaults(
-                rows.count, rows.context, self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
-            ),
+            act_type=self.settings.activation,
+            kv_type=self.settings.kv_type,
         )
 
-    def _append_variant(self, layer: LayerSpec) -> RopeAppend:
-        return RopeAppend(**self._rope_settings(layer))
+    def _decode_variant(self, layer: LayerSpec, rows: "_Rows") -> DecodeAttention:
+        return DecodeAttention(
+            self._shape(layer),
+            rotary_dim=self.spec.ropes[layer.rope].rotary_dim,
+            qk_norm_eps=self.spec.norm_eps if self.spec.qk_norm else None,
+            qkv_type=self.settings.activation,
+            pdl=self.settings.pdl,
+        ).default(rows.count, rows.context)
 
-    def _prefill_variants(self) -> dict[int | None, PrefillAttention]:
-        return {
-            layer.window: PrefillAttention(
-                **self._head_settings(layer),
-                q_type=self.settings.activation,
-                scale=self.spec.attention_scale,
-                window=layer.window,
-                softcap=self.spec.attention_softcap,
-                **PrefillAttention.defaults(
-                    self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim, self.settings.capability
-                ),
-            )
-            for layer in self.spec.layers
-        }
+    def _append_variant(self, layer: LayerSpec) -> RopeAppend:
+        return RopeAppend(
+            num_heads=self.spec.num_heads,
+            num_kv_heads=self.spec.num_kv_heads,
+            head_dim=self.spec.head_dim,
+            rotary_dim=self.spec.ropes[layer.rope].rotary_dim,
+            qk_norm_eps=self.spec.norm_eps if self.spec.qk_norm else None,
+            qkv_type=self.settings.activation,
+            act_type=self.settings.activation,
+            kv_type=self.settings.kv_type,
+            pdl=self.settings.pdl,
+        )
+
+    def _prefill_variant(self, layer: LayerSpec) -> PrefillAttention:
+        return PrefillAttention(self._shape(layer), pdl=self.settings.pdl)
 
     @property
     def _tile_rows(self) -> int:
-        return next(iter(self._prefill.values())).block_q
+        # Every layer has as many heads, so their tiles are alike.
+        return self._prefill_variant(self.spec.layers[0]).block_q
 
     # Bookkeeping
 

@@ -15,7 +15,7 @@ Size = Literal["#T", "#B", "#S", "#tiles"]
 Extent = int | tuple[Size, int, int]
 """A grid's dimension: a number, or (size, block, factor): ceil(size / block) · factor."""
 
-Type = Literal["bf16", "fp16", "fp32", "fp64", "fp8e4nv", "i8", "u8", "i32", "u32"]
+Type = Literal["bf16", "fp16", "fp32", "fp64", "fp8e4nv", "i8", "u8", "i32", "u32", "i64"]
 TYPE_BYTES: dict[Type, int] = {
     "bf16": 2,
     "fp16": 2,
@@ -26,6 +26,7 @@ TYPE_BYTES: dict[Type, int] = {
     "u8": 1,
     "i32": 4,
     "u32": 4,
+    "i64": 8,
 }
 
 KERNEL_PREFIX, PLAN_TENSOR = "kernel.", "plan"
@@ -91,11 +92,11 @@ class Program:
     """What runs, in order.
 
     decode: one token of each of up to `rows` sequences of at most `context` tokens; sizes are `rows`, so that the
-    program can be captured as a graph. mixed: any batch of up to `rows` tokens. greedy, sample, logprobs: what turns
-    logits into tokens; greedy always runs, the others when a row asks for them.
+    program can be captured as a graph. mixed: any batch of up to `rows` tokens. The others turn logits into tokens:
+    greedy always runs, sample (or masked, where a grammar restricts a row) and logprobs after it when a row asks.
     """
 
-    kind: Literal["decode", "mixed", "greedy", "sample", "logprobs"]
+    kind: Literal["decode", "mixed", "greedy", "sample", "masked", "logprobs"]
     rows: int
     context: int
     steps: tuple[Step, ...]

@@ -42,6 +42,11 @@ class Product:
         puts out."""
         return self.weight in ("bf16", "fp16") and self.softcap is None and not (self.bias and self.out_type == "fp32")
 
+    @property
+    def suits_tma(self) -> bool:
+        """Whether rows of weight and x are a multiple of 16 bytes long, as TMA wants them."""
+        return self.k % (32 if self.weight == "int4" else 16) == 0
+
     def key(self, rows: int) -> str:
         """Names this product at so many rows in `model.cache`."""
         group = f"g{self.group_size}" if self.group_size else ""
