@@ -144,8 +144,29 @@ class _GluonLanguage:
     def num_warps() -> int:
         return 1
 
+    @staticmethod
+    def to_tensor(value: Any) -> Any:
+        return value
+
+    @staticmethod
+    def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any) -> Any:
+        from tests.kernels.ptx import inline_asm
+
+        types_ = dtype if isinstance(dtype, tuple | tl.tuple) else (dtype,)
+        results = inline_asm(_plain(asm), len(types_), [argument.handle.data for argument in args], _plain(pack))
+        tensors = [
+            tl.tensor(TensorHandle(bits.view(_NUMPY[type_]), type_), tl.block_type(type_, list(bits.shape)))
+            for bits, type_ in zip(results, types_, strict=True)
+        ]
+        return tl.tuple(tensors) if types_ is dtype else tensors[0]
+
 
 _GLUON = _GluonLanguage()
+_NUMPY = {tl.int32: np.int32, tl.uint32: np.uint32, tl.float32: np.float32}
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, tl.constexpr) else value
 
 
 @contextmanager
