@@ -28,7 +28,7 @@ def activated(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         y = x * tl.sigmoid(x)
     else:
-        tl.static_assert(ACTIVATION == "gelu")  # by tanh; (1 + tanh u) / 2 = sigmoid(2u)
+        tl.static_assert(ACTIVATION == "gelu_tanh")  # by tanh; (1 + tanh u) / 2 = sigmoid(2u)
         y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     return y
 
@@ -39,10 +39,7 @@ def _grouped(values, groups, GROUPS: tl.constexpr, SUBTRACT: tl.constexpr):
     rows: tl.constexpr = values.shape[0]
     columns: tl.constexpr = values.shape[1]
     split = tl.reshape(values, (rows, GROUPS, columns // GROUPS))
-    if SUBTRACT:
-        split = split - groups[:, :, None]
-    else:
-        split = split * groups[:, :, None]
+    split = split - groups[:, :, None] if SUBTRACT else split * groups[:, :, None]
     return tl.reshape(split, (rows, columns))
 
 
@@ -71,10 +68,7 @@ def weight_tile(
     else:
         column = k // PACKED + tl.arange(0, WIDTH)[None, :]
         place = weight + first.to(tl.int64) * PITCH + (rows[:, None] * PITCH + column)
-        if K % BLOCK_K == 0:
-            raw = tl.load(place)
-        else:
-            raw = tl.load(place, mask=column < PITCH, other=0)
+        raw = tl.load(place) if K % BLOCK_K == 0 else tl.load(place, mask=column < PITCH, other=0.0)
     if WEIGHT == "int8" or WEIGHT == "int4":
         if GROUP > 0:
             GROUPS: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 1
@@ -101,10 +95,8 @@ def weight_tile(
             low = _grouped(low, scales, GROUPS, False).to(TYPE)
             high = _grouped(high, scales * 0.0625, GROUPS, False).to(TYPE)
             tile = tl.reshape(tl.join(low, high), (BLOCK_N, BLOCK_K))
-    elif WEIGHT == "fp8" and TYPE != tl.float8e4nv:
-        tile = raw.to(TYPE)
     else:
-        tile = raw
+        tile = raw.to(TYPE)
     return tile
 
 
@@ -142,10 +134,7 @@ def product(
         else:
             column = k + tl.arange(0, BLOCK_K)[None, :]
             place = x + x_first.to(tl.int64) * K + (x_rows[:, None] * K + column)
-            if K % BLOCK_K == 0:
-                tokens = tl.load(place)
-            else:
-                tokens = tl.load(place, mask=column < K, other=0.0)
+            tokens = tl.load(place) if K % BLOCK_K == 0 else tl.load(place, mask=column < K, other=0.0)
         tokens = tl.trans(tokens)
         tile = weight_tile(weight, scale, zero, first, rows, k, TYPE, WEIGHT, GROUP, K, BLOCK_N, BLOCK_K, TMA)
         sums = tl.dot(tile, tokens, sums)
