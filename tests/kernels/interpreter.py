@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle, interpreter_builder
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from farrier.plugins.kernel import KernelSource
 
@@ -36,7 +37,8 @@ _TYPE_NAMES = {
 
 def run(source: KernelSource, grid: tuple[int, ...], *arguments: Any) -> None:
     """Runs every program of `grid` one after the other. `arguments` as `source.arguments` names them: numpy arrays
-    (contiguous; written in place) for pointers, numbers for the rest. None stands for a null pointer."""
+    (contiguous; written in place) for pointers and tensor descriptors, numbers for the rest. None stands for a null
+    pointer."""
     assert len(arguments) == len(source.arguments), f"expected {list(source.arguments)}"
     given: dict[str, Any] = dict(source.constants)
     for (name, type_), value in zip(source.arguments.items(), arguments, strict=True):
@@ -44,10 +46,16 @@ def run(source: KernelSource, grid: tuple[int, ...], *arguments: Any) -> None:
             array = np.zeros(16, np.uint8) if value is None else value
             assert array.flags.c_contiguous, f"{name} is not contiguous"
             given[name] = _Pointer(array, _TYPE_NAMES[type_[1:]])
+        elif type_.startswith("tensordesc"):
+            given[name] = _descriptor(value, type_)
         else:
             given[name] = value
     with _patched(), np.errstate(all="ignore"):  # a GPU does not warn
         _interpreted(source.function).run(grid=grid, warmup=False, **given)
+
+
+class _TypeName(str):
+    itemsize: int
 
 
 class _Pointer:
@@ -55,7 +63,8 @@ class _Pointer:
 
     def __init__(self, array: Any, type_name: str) -> None:
         self._array = array
-        self.dtype = type_name
+        self.dtype = _TypeName(type_name)
+        self.dtype.itemsize = array.itemsize
 
     def data_ptr(self) -> int:
         return int(self._array.ctypes.data)
@@ -83,6 +92,15 @@ class _Pointer:
 
     def copy_(self, _: Any) -> None:
         pass
+
+
+def _descriptor(array: Any, type_: str) -> TensorDescriptor:
+    """`type_`: tensordesc<element[block]>."""
+    element, _, block = type_.removeprefix("tensordesc<").removesuffix("]>").partition("[")
+    strides = [stride // array.itemsize for stride in array.strides]
+    return TensorDescriptor(
+        _Pointer(array, _TYPE_NAMES[element]), list(array.shape), strides, [int(size) for size in block.split(",")]
+    )
 
 
 def _interpreted(function: Any) -> Any:
