@@ -71,6 +71,11 @@ def write_engine_file(
                 progress(done, total)
 
 
+def item_values(item: Item, tensors: Mapping[str, Tensor]) -> npt.NDArray[Any]:
+    """All of it, as the engine file holds it."""
+    return np.concatenate([chunk.reshape(-1) for chunk in _chunks(item, tensors)]).reshape(item.shape)
+
+
 def _chunks(item: Item, tensors: Mapping[str, Tensor]) -> Iterator[npt.NDArray[Any]]:
     if item.packed is None:
         assert item.values is not None

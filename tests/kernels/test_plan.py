@@ -1,0 +1,78 @@
+"""Whole launch plans, followed under the interpreter: every family against the numpy decoder, mixed and decode steps."""
+
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from farrier.targets.checkpoint import WEIGHTS_FILE, CheckpointReader
+from farrier.targets.convert import convert
+from farrier.targets.cuda.backend import BLOCK_SIZE
+from farrier.targets.cuda.lower import Settings, lower
+from farrier.targets.cuda.pack import item_values, items
+from farrier.targets.cuda.products import Tactics
+from farrier.targets.engine import Batch, Ceilings, SamplingArrays
+from farrier.targets.tensorfile import TensorFile
+from tests import reference
+from tests.kernels.conftest import ON_DEVICE
+from tests.kernels.plan_runner import PlanRunner
+from tests.models import FAMILIES, VOCAB_SIZE, save_tiny
+
+pytestmark = pytest.mark.skipif(ON_DEVICE, reason="on a GPU the executor itself is tested")
+
+CEILINGS = Ceilings(max_batch_size=12, max_num_tokens=96, max_seq_len=128)
+BLOCKS = ([3, 1, 5], [9, 2, 7])
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(3, VOCAB_SIZE, length).tolist()
+
+
+def batch(parts: list[tuple[list[int], int, list[int], int]]) -> Batch:
+    """Of (tokens, where they start, blocks, how many of the last rows are sampled) each."""
+    lengths = [len(tokens) for tokens, *_ in parts]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    used = [blocks[: -(-(start + len(tokens)) // BLOCK_SIZE)] for tokens, start, blocks, _ in parts]
+    sampled = [np.arange(end - part[3], end) for part, end in zip(parts, starts[1:], strict=True)]
+    rows = np.concatenate(sampled).astype(np.int32)
+    return Batch(
+        token_ids=np.concatenate([tokens for tokens, *_ in parts]).astype(np.int32),
+        positions=np.concatenate([np.arange(s, s + len(t)) for t, s, *_ in parts]).astype(np.int32),
+        query_starts=starts,
+        context_lens=np.array([start for _, start, *_ in parts], np.int32),
+        block_ids=np.concatenate(used).astype(np.int32),
+        block_starts=np.concatenate([[0], np.cumsum([len(u) for u in used])]).astype(np.int32),
+        sample_rows=rows,
+        sampling=SamplingArrays.greedy(len(rows)),
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family: str, tmp_path: Path) -> None:
+    save_tiny(family, tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "checkpoint", precision="f16")
+    checkpoint = CheckpointReader(tmp_path / "checkpoint")
+    first, second = prompt(1, 60), prompt(2, 40)
+    expected = [reference.logits(checkpoint, tokens) for tokens in (first, second)]
+    settings = Settings(80, "fp16", "fp16", BLOCK_SIZE, CEILINGS, deterministic=False)
+    with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as file:
+        weights = items(checkpoint.spec, file.tensors, "fp16", CEILINGS.max_seq_len)
+        lowered = lower(
+            checkpoint.spec, {item.name: item for item in weights}, settings, Tactics(80, deterministic=False)
+        )
+        arrays = {item.name: item_values(item, file.tensors) for item in weights}
+        runner = PlanRunner(checkpoint.spec, arrays, lowered, settings, num_blocks=12)
+
+    def near(logits: np.ndarray, wanted: np.ndarray) -> None:
+        assert np.abs(logits - wanted).max() <= 6e-3 * np.abs(wanted).max()  # fp16 activations
+
+    # A chunk of each; then the rest of one beside a single token of the other; then both decode.
+    logits = runner.step(batch([(first[:50], 0, BLOCKS[0], 3), (second[:37], 0, BLOCKS[1], 2)]), kind="mixed")
+    near(logits, np.concatenate([expected[0][47:50], expected[1][35:37]]))
+    logits = runner.step(batch([(first[50:58], 50, BLOCKS[0], 1), (second[37:38], 37, BLOCKS[1], 1)]), kind="mixed")
+    near(logits, np.stack([expected[0][57], expected[1][37]]))
+    for step in range(2):
+        parts = [(first[58 + step : 59 + step], 58 + step, BLOCKS[0], 1)]
+        parts += [(second[38 + step : 39 + step], 38 + step, BLOCKS[1], 1)]
+        near(runner.step(batch(parts), kind="decode"), np.stack([expected[0][58 + step], expected[1][38 + step]]))
