@@ -1,0 +1,603 @@
+"""Paged attention for MHA, GQA and MQA: the query heads of one KV head are rows of one tile, so K and V are read once.
+
+`DecodeAttention` fuses a decode step's QK-norm, rotation and KV append with split-KV attention over one query token a
+sequence. `PrefillAttention` takes ragged chunks, decode rows among them, after `RopeAppend`.
+
+Scores are kept as `x` with `x * FACTOR` the logit in powers of two; see `_scores`.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from farrier.plugins.kernel import KernelSource
+from farrier.plugins.rope import BLOCK_SIZE, cached, padded, rotated, rotation, rotation_vector
+
+_LOG2E = math.log2(math.e)
+_MIN_ROWS = 16  # what the tensor cores multiply at least
+
+# Finite, so that rows that see nothing of a tile need no guard against inf - inf: what they add up there is
+# multiplied by an exact 0 once they see a token.
+_UNSEEN: tl.constexpr = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _scores(q, k, CAP_FACTOR: tl.constexpr):
+    """`q·k`, or with a soft cap `tanh(scale·q·k / cap)`; CAP_FACTOR is `2·log2(e)·scale/cap`."""
+    x = tl.dot(q, k)
+    if CAP_FACTOR is not None:
+        x = 1.0 - 2.0 / (tl.exp2(x * CAP_FACTOR) + 1.0)
+    return x
+
+
+@triton.jit
+def _accumulate(x, v, peak, total, acc, FACTOR: tl.constexpr):
+    """One step of the online softmax. `peak` is rounded, so that a tile that does not raise it leaves `acc` as it is
+    to the bit; the explicit fma keeps every copy of this code alike."""
+    raised = tl.maximum(peak, tl.max(x, 1) * FACTOR)
+    decay = tl.exp2(peak - raised)
+    p = tl.exp2(tl.fma(x, tl.full(x.shape, FACTOR, tl.float32), tl.broadcast_to(-raised[:, None], x.shape)))
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None])
+    return raised, total * decay + tl.sum(p, 1), acc
+
+
+@triton.jit
+def _page(table, token, seen):
+    return tl.load(table + token // 32, mask=seen, other=0)
+
+
+@triton.jit
+def _row(page, token, kv_head, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Where a token's head starts in the KV pool."""
+    return ((page.to(tl.int64) * NUM_KV_HEADS + kv_head) * 32 + token % 32) * HEAD_DIM
+
+
+@triton.jit
+def _combine(
+    partial_out,
+    partial_stats,
+    out,
+    head,
+    active,
+    act: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    REDUCED: tl.constexpr,
+):
+    """What the active splits found for a group of heads, REDUCED splits at a time, past the L1 cache."""
+    g = tl.arange(0, GROUP_PAD)
+    d = tl.arange(0, HEAD_PAD)
+    inside = d < HEAD_DIM
+    peak = tl.full([GROUP_PAD], _UNSEEN, tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
+    for start in tl.range(0, active, REDUCED):
+        split = start + tl.arange(0, REDUCED)
+        there = (g < GROUP)[:, None] & (split < active)[None, :]
+        at = (head + g)[:, None] * SPLITS + split[None, :]
+        peaks = tl.load(partial_stats + at * 2, mask=there, other=_UNSEEN, cache_modifier=".cg")
+        totals = tl.load(partial_stats + at * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        parts_at = at.to(tl.int64)[:, :, None] * HEAD_DIM + d[None, None, :]
+        mask = there[:, :, None] & inside[None, None, :]
+        parts = tl.load(partial_out + parts_at, mask=mask, other=0.0, cache_modifier=".cg")
+        raised = tl.maximum(peak, tl.max(peaks, 1))
+        decay = tl.exp2(peak - raised)
+        weights = tl.exp2(peaks - raised[:, None])
+        total = total * decay + tl.sum(totals * weights, 1)
+        acc = acc * decay[:, None] + tl.sum(parts * weights[:, :, None], 1)
+        peak = raised
+    total = tl.where(g < GROUP, total, 1.0)
+    result = (acc / total[:, None]).to(act)
+    tl.store(out + g[:, None] * HEAD_DIM + d[None, :], result, mask=(g < GROUP)[:, None] & inside[None, :])
+
+
+@triton.jit
+def _decode_attention(
+    qkv,
+    context_lens,
+    block_ids,
+    block_starts,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    k_cache,
+    v_cache,
+    partial_out,
+    partial_stats,
+    counters,
+    out,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EPS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    CAP_FACTOR: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    REDUCED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    sequence = tl.program_id(2)
+    act = out.dtype.element_ty
+    pool = k_cache.dtype.element_ty
+
+    context = tl.load(context_lens + sequence)
+    table = block_ids + tl.load(block_starts + sequence)
+    lowest = 0
+    if WINDOW is not None:
+        lowest = tl.maximum(context - (WINDOW - 1), 0)
+    base = lowest // 32 * 32
+    num_tiles = tl.cdiv(context + 1 - base, BLOCK_T)
+    active = tl.minimum(num_tiles, SPLITS)
+    if split >= active:  # a padded sequence has no tile
+        if PDL:
+            gdc_wait()
+        return
+    share = num_tiles // active
+    odd = num_tiles % active
+    first = split * share + tl.minimum(split, odd)
+    count = share + (split < odd).to(tl.int32)
+
+    # Downwards from the split's last tile: the new token, if it is in this split, is in the tile loaded up here.
+    # None of these loads depends on this step.
+    t = tl.arange(0, BLOCK_T)
+    d = tl.arange(0, HEAD_PAD)
+    inside = d < HEAD_DIM
+    token = base + (first + count - 1) * BLOCK_T + t
+    past = (token >= lowest) & (token < context)
+    row = _row(_page(table, token, past), token, kv_head, NUM_KV_HEADS, HEAD_DIM)
+    at = row[:, None] + d[None, :]
+    k = tl.load(k_cache + at, mask=past[:, None] & inside[None, :], other=0.0).to(act)
+    v = tl.load(v_cache + at, mask=past[:, None] & inside[None, :], other=0.0).to(act)
+    newest = tl.load(table + context // 32)
+    partner, c, s = rotation(cos, sin, context, d, ROTARY_DIM, VECTOR)
+    below = token - BLOCK_T
+    page = _page(table, below, below >= lowest)
+    if PDL:
+        gdc_wait()
+
+    q_at = qkv + sequence.to(tl.int64) * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
+    k_at = q_at + (NUM_HEADS + kv_head) * HEAD_DIM
+    heads = tl.arange(0, ROWS)[:, None]
+    one = tl.zeros([1, 1], tl.int32)
+    new_v = tl.load(k_at + NUM_KV_HEADS * HEAD_DIM + one + d[None, :], mask=inside[None, :], other=0.0)
+    new_k = rotated(k_at + one, one == 0, d, partner, c, s, k_norm, HEAD_DIM, EPS)
+    q_at += (kv_head * GROUP + heads) * HEAD_DIM
+    q = rotated(q_at, heads < GROUP, d, partner, c, s, q_norm, HEAD_DIM, EPS).to(act)
+    new_k = cached(new_k, pool)
+    new_v = cached(new_v.to(tl.float32), pool)
+    new = (token == context)[:, None]
+    k = tl.where(new, new_k.to(act), k)
+    v = tl.where(new, new_v.to(act), v)
+
+    x = _scores(q, tl.trans(k), CAP_FACTOR)
+    x = tl.where(((token >= lowest) & (token <= context))[None, :], x, _UNSEEN)
+    peak = tl.full([ROWS], _UNSEEN, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+    peak, total, acc = _accumulate(x, v, peak, total, acc, FACTOR)
+
+    for _ in tl.range(1, count, num_stages=STAGES):
+        token = below
+        row = _row(page, token, kv_head, NUM_KV_HEADS, HEAD_DIM)
+        at = row[:, None] + d[None, :]
+        seen = token >= lowest
+        k = tl.load(k_cache + at, mask=seen[:, None] & inside[None, :], other=0.0).to(act)
+        v = tl.load(v_cache + at, mask=seen[:, None] & inside[None, :], other=0.0).to(act)
+        below = token - BLOCK_T
+        page = _page(table, below, below >= lowest)
+        x = tl.where(seen[None, :], _scores(q, tl.trans(k), CAP_FACTOR), _UNSEEN)
+        peak, total, acc = _accumulate(x, v, peak, total, acc, FACTOR)
+
+    if split == active - 1:
+        new_at = _row(newest, context, kv_head, NUM_KV_HEADS, HEAD_DIM) + d[None, :]
+        tl.store(k_cache + new_at, new_k, mask=inside[None, :])
+        tl.store(v_cache + new_at, new_v, mask=inside[None, :])
+
+    head = sequence * NUM_HEADS + kv_head * GROUP
+    out += head.to(tl.int64) * HEAD_DIM
+    if SPLITS == 1 or active == 1:
+        result = acc / total[:, None]
+        tl.store(out + heads * HEAD_DIM + d[None, :], result.to(act), mask=(heads < GROUP) & inside[None, :])
+        return
+
+    if SPLITS > 1:
+        rows = (head + heads) * SPLITS + split
+        part = rows.to(tl.int64) * HEAD_DIM + d[None, :]
+        tl.store(partial_out + part, acc, mask=(heads < GROUP) & inside[None, :])
+        tl.store(partial_stats + rows * 2, peak[:, None], mask=heads < GROUP)
+        tl.store(partial_stats + rows * 2 + 1, total[:, None], mask=heads < GROUP)
+        tl.debug_barrier()  # all of this program's stores, then the one thread that announces them
+        counter = counters + sequence * NUM_KV_HEADS + kv_head
+        if tl.atomic_add(counter, 1, sem="acq_rel") != active - 1:
+            return
+        tl.store(counter, 0)
+        _combine(
+            partial_out, partial_stats, out, head, active, act, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, SPLITS, REDUCED
+        )
+
+
+@triton.jit
+def _attend(
+    q,
+    position,
+    k_cache,
+    v_cache,
+    table,
+    kv_head,
+    begin,
+    end,
+    length,
+    peak,
+    total,
+    acc,
+    MASKED: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    FACTOR: tl.constexpr,
+    CAP_FACTOR: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The tiles [begin, end) of BLOCK_T tokens each, counted from the sequence's start."""
+    act = q.dtype
+    d = tl.arange(0, HEAD_PAD)
+    token = begin * BLOCK_T + tl.arange(0, BLOCK_T)
+    page = _page(table, token, token < length)
+    for _ in tl.range(begin, end, num_stages=STAGES):
+        row = _row(page, token, kv_head, NUM_KV_HEADS, HEAD_DIM)
+        k_at = k_cache + row[None, :] + d[:, None]
+        v_at = v_cache + row[:, None] + d[None, :]
+        if MASKED:
+            k = tl.load(k_at, mask=(token < length)[None, :] & (d < HEAD_DIM)[:, None], other=0.0).to(act)
+            v = tl.load(v_at, mask=(token < length)[:, None] & (d < HEAD_DIM)[None, :], other=0.0).to(act)
+        elif HEAD_PAD != HEAD_DIM:
+            k = tl.load(k_at, mask=(d < HEAD_DIM)[:, None], other=0.0).to(act)
+            v = tl.load(v_at, mask=(d < HEAD_DIM)[None, :], other=0.0).to(act)
+        else:
+            k = tl.load(k_at).to(act)
+            v = tl.load(v_at).to(act)
+        x = _scores(q, k, CAP_FACTOR)
+        if MASKED:
+            seen = token[None, :] <= position[:, None]
+            if WINDOW is not None:
+                seen = seen & (token[None, :] > position[:, None] - WINDOW)
+            x = tl.where(seen, x, _UNSEEN)
+        token += BLOCK_T
+        page = _page(table, token, token < length)
+        peak, total, acc = _accumulate(x, v, peak, total, acc, FACTOR)
+    return peak, total, acc
+
+
+@triton.jit
+def _prefill_attention(
+    q,
+    k_cache,
+    v_cache,
+    tiles,
+    query_starts,
+    context_lens,
+    block_ids,
+    block_starts,
+    out,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    FACTOR: tl.constexpr,
+    CAP_FACTOR: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    sequence = tl.load(tiles + 2 * tile)
+    first_row = tl.load(tiles + 2 * tile + 1)
+    start = tl.load(query_starts + sequence)
+    num_rows = tl.load(query_starts + sequence + 1) - start
+    context = tl.load(context_lens + sequence)
+    table = block_ids + tl.load(block_starts + sequence)
+    if PDL:
+        gdc_wait()
+    if context < 0:
+        return
+
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, HEAD_PAD)
+    query = first_row + m // GROUP
+    valid = (m < BLOCK_Q * GROUP) & (query < num_rows)
+    at = (start + query).to(tl.int64) * (NUM_HEADS * HEAD_DIM) + (kv_head * GROUP + m % GROUP) * HEAD_DIM
+    mask = valid[:, None] & (d < HEAD_DIM)[None, :]
+    rows = tl.load(q + at[:, None] + d[None, :], mask=mask, other=0.0)
+    position = context + query
+
+    # Tiles of tokens lie at multiples of BLOCK_T whatever the chunk: a row's sum is always taken in the same order.
+    # In [inner, outer) every row sees every token.
+    lowest = context + first_row
+    highest = context + tl.minimum(first_row + BLOCK_Q, num_rows) - 1
+    length = highest + 1
+    end = tl.cdiv(length, BLOCK_T)
+    begin = 0
+    inner = 0
+    if WINDOW is not None:
+        begin = tl.maximum(lowest - (WINDOW - 1), 0) // BLOCK_T
+        inner = tl.minimum(tl.cdiv(tl.maximum(highest - (WINDOW - 1), 0), BLOCK_T), end)
+    outer = tl.maximum((lowest + 1) // BLOCK_T, inner)
+
+    peak = tl.full([BLOCK_M], _UNSEEN, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
+    for part in tl.static_range(3):
+        if part != 0 or WINDOW is not None:
+            peak, total, acc = _attend(
+                rows,
+                position,
+                k_cache,
+                v_cache,
+                table,
+                kv_head,
+                begin if part == 0 else (inner if part == 1 else outer),
+                inner if part == 0 else (outer if part == 1 else end),
+                length,
+                peak,
+                total,
+                acc,
+                part != 1,
+                NUM_KV_HEADS,
+                HEAD_DIM,
+                HEAD_PAD,
+                FACTOR,
+                CAP_FACTOR,
+                WINDOW,
+                BLOCK_T,
+                STAGES,
+            )
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + at[:, None] + d[None, :], result, mask=mask)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What both forms of attention are told of a layer. `scale` multiplies q·k before the soft cap; `window` w: a
+    token sees itself and the w - 1 before it; act_type is the type of q and of the result, kv_type of the pool."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    act_type: str = "bf16"
+    kv_type: str = "bf16"
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def constants(self) -> dict[str, object]:
+        cap = self.softcap
+        return {
+            "NUM_HEADS": self.num_heads,
+            "NUM_KV_HEADS": self.num_kv_heads,
+            "GROUP": self.group,
+            "HEAD_DIM": self.head_dim,
+            "HEAD_PAD": padded(self.head_dim),
+            "FACTOR": _LOG2E * (self.scale if cap is None else cap),
+            "CAP_FACTOR": None if cap is None else 2 * _LOG2E * self.scale / cap,
+            "WINDOW": self.window,
+        }
+
+
+@dataclass(frozen=True)
+class DecodeAttention:
+    """One query token a sequence: rotates it, appends its key and value to the KV pool, attends.
+
+    Arguments: qkv `[B, (num_heads + 2·num_kv_heads)·head_dim]` of qkv_type, context_lens i32 `[B]` (the new token's
+    position; -1: the sequence is padding, nothing of it is read or written), block_ids i32, block_starts i32
+    `[B + 1]`, cos and sin fp32 `[positions, rotary_dim/2]`; with qk_norm_eps q_norm and k_norm, fp32 `[head_dim]`;
+    k_cache and v_cache `[num_blocks, num_kv_heads, 32, head_dim]`, partial_out fp32
+    `[B, num_heads, splits, head_dim]`, partial_stats fp32 `[B, num_heads, splits, 2]`, counters i32
+    `[B, num_kv_heads]` (0 before and after), out `[B, num_heads·head_dim]`. With one split the three buffers before
+    `out` are not touched.
+
+    With `pdl` everything but qkv is read before the kernels in front of this one have ended: of one step these may
+    write neither this layer's pool nor the step's inputs. `block_t`, a multiple of 32, is the tokens of a tile;
+    `splits` programs share the tiles a sequence has, and those left without one end at once.
+    """
+
+    shape: AttentionShape
+    rotary_dim: int
+    qk_norm_eps: float | None = None
+    qkv_type: str = "bf16"
+    splits: int = 1
+    block_t: int = 64
+    warps: int = 4
+    stages: int = 2
+    pdl: bool = False
+
+    def grid(self, batch: int) -> tuple[int, ...]:
+        return (self.shape.num_kv_heads, self.splits, batch)
+
+    def default(self, batch: int, context: int) -> "DecodeAttention":
+        """This layer's kernel for `batch` sequences of up to `context` tokens each, before anything was measured."""
+        splits, block_t, warps = self._tile(batch, context)
+        return replace(self, splits=splits, block_t=block_t, warps=warps)
+
+    def candidates(self, batch: int, context: int) -> "list[DecodeAttention]":
+        """What is worth measuring for this shape on the device, the default first; at most 24."""
+        splits, _, _ = self._tile(batch, context)
+        tried = dict.fromkeys([self._tile(batch, context)])
+        for factor in (1, 0.5, 2, 4):
+            for block_t, warps in ((128, 8), (128, 4), (64, 4), (32, 4), (64, 8), (32, 2)):
+                some = max(1, int(splits * factor))
+                if some <= -(-context // block_t) and self._fits(block_t, warps):
+                    tried[(some, block_t, warps)] = None
+        return [replace(self, splits=s, block_t=t, warps=w) for s, t, w in list(tried)[:24]]
+
+    def _tile(self, batch: int, context: int) -> tuple[int, int, int]:
+        shape = self.shape
+        tokens = context if shape.window is None else min(context, shape.window)
+        programs = batch * shape.num_kv_heads
+        most = max(1, _FULL_GRID // programs)
+        # Few programs: large tiles, so that each has all it reads in flight at once. Many and little to read: small
+        # ones, so that several programs share an SM.
+        block_t = 32 if most == 1 and tokens <= 512 else 128
+        splits = min(most, max(1, -(-tokens // block_t)))
+        warps = 8 if programs * splits <= _SMS else 4
+        while block_t > 32 and not self._fits(block_t, warps):
+            block_t //= 2
+        return splits, block_t, warps
+
+    def _fits(self, block_t: int, warps: int) -> bool:
+        """Whether a tile of K and V fits in the registers it is held in until the step's qkv is there."""
+        width = 1 if self.shape.kv_type == "fp8e4nv" else 2
+        return 2 * block_t * padded(self.shape.head_dim) * width <= warps * 32 * _HELD_BYTES
+
+    def source(self) -> KernelSource:
+        shape = self.shape
+        normed = self.qk_norm_eps is not None
+        pool = f"*{shape.kv_type}"
+        group = padded(shape.group)
+        head = padded(shape.head_dim)
+        return KernelSource(
+            function=_decode_attention,
+            arguments={
+                "qkv": f"*{self.qkv_type}",
+                "context_lens": "*i32",
+                "block_ids": "*i32",
+                "block_starts": "*i32",
+                "cos": "*fp32",
+                "sin": "*fp32",
+                **({"q_norm": "*fp32", "k_norm": "*fp32"} if normed else {}),
+                "k_cache": pool,
+                "v_cache": pool,
+                "partial_out": "*fp32",
+                "partial_stats": "*fp32",
+                "counters": "*i32",
+                "out": f"*{shape.act_type}",
+            },
+            constants={
+                **({} if normed else {"q_norm": None, "k_norm": None}),
+                **shape.constants,
+                "GROUP_PAD": group,
+                "ROWS": max(_MIN_ROWS, group),
+                "ROTARY_DIM": self.rotary_dim,
+                "VECTOR": rotation_vector(self.rotary_dim),
+                "EPS": self.qk_norm_eps,
+                "SPLITS": self.splits,
+                # 32 partial values a thread in flight
+                "REDUCED": min(padded(self.splits), max(1, 32 * 32 * self.warps // (group * head))),
+                "BLOCK_T": self.block_t,
+                "STAGES": self.stages,
+                "PDL": self.pdl,
+            },
+            num_warps=self.warps,
+            num_stages=self.stages,
+            pdl=self.pdl,
+        )
+
+
+_SMS = 132
+_FULL_GRID = 512  # programs from which on more splits cost more than they bring, measured on an H200
+_HELD_BYTES = 256  # of K and V a thread: 64 of its registers
+
+
+@dataclass(frozen=True)
+class PrefillAttention:
+    """Ragged chunks of queries, rotated and their keys and values appended to the pool before: causal attention over
+    what a sequence had in the pool and the chunk itself.
+
+    Arguments: q `[T, num_heads·head_dim]`, k_cache and v_cache `[num_blocks, num_kv_heads, 32, head_dim]`, tiles i32
+    `[n, 2]` (see `tiles`), query_starts i32 `[B + 1]`, context_lens i32 `[B]` (tokens before the chunk; -1: nothing
+    of the sequence is read or written), block_ids i32, block_starts i32 `[B + 1]`, out `[T, num_heads·head_dim]`.
+
+    A row's result depends neither on the rows beside it nor on how its sequence was cut into chunks, to the bit, as
+    long as the variant stays the same.
+    """
+
+    shape: AttentionShape
+    block_m: int = 128
+    block_t: int = 64
+    warps: int = 8
+    stages: int = 2
+    pdl: bool = False
+
+    @property
+    def block_q(self) -> int:
+        """Query tokens of a tile."""
+        return self.block_m // self.shape.group
+
+    def grid(self, num_tiles: int) -> tuple[int, ...]:
+        return (num_tiles, self.shape.num_kv_heads)
+
+    def source(self) -> KernelSource:
+        shape = self.shape
+        pool = f"*{shape.kv_type}"
+        return KernelSource(
+            function=_prefill_attention,
+            arguments={
+                "q": f"*{shape.act_type}",
+                "k_cache": pool,
+                "v_cache": pool,
+                "tiles": "*i32",
+                "query_starts": "*i32",
+                "context_lens": "*i32",
+                "block_ids": "*i32",
+                "block_starts": "*i32",
+                "out": f"*{shape.act_type}",
+            },
+            constants={
+                **shape.constants,
+                "BLOCK_Q": self.block_q,
+                "BLOCK_M": self.block_m,
+                "BLOCK_T": self.block_t,
+                "STAGES": self.stages,
+                "PDL": self.pdl,
+            },
+            num_warps=self.warps,
+            num_stages=self.stages,
+            pdl=self.pdl,
+        )
+
+
+def tiles(query_starts: npt.NDArray[np.int32], block_q: int) -> npt.NDArray[np.int32]:
+    """`[n, 2]`: sequence and first row in it of every tile of at most `block_q` query tokens; a sequence's last tiles,
+    which attend to the most tokens, come first."""
+    counts = -(-np.diff(query_starts) // block_q)
+    ends = np.cumsum(counts)
+    found = np.empty((int(ends[-1]), 2), np.int32)
+    found[:, 0] = np.repeat(np.arange(len(counts)), counts)
+    found[:, 1] = (np.arange(len(found)) - np.repeat(ends - counts, counts)) * block_q
+    return np.ascontiguousarray(found[::-1])
