@@ -39,14 +39,14 @@ def _execute(statement: str, registers: dict[str, Any]) -> None:
 
 
 def _halves(register: Any) -> Any:
-    """Two fp16 numbers [2, ...] as float64: no operation on them rounds before it is put back."""
-    halves = np.stack([np.asarray(register) & 0xFFFF, np.asarray(register) >> 16]).astype(np.uint16)
+    """Two fp16 numbers [..., 2] as float64: no operation on them rounds before it is put back."""
+    halves = np.stack([register & 0xFFFF, register >> 16], -1).astype(np.uint16)
     return halves.view(np.float16).astype(np.float64)
 
 
-def _register(low: Any, high: Any) -> Any:
-    low, high = (np.asarray(half).astype(np.float16).view(np.uint16).astype(np.uint32) for half in (low, high))
-    return low | high << 16
+def _register(halves: Any) -> Any:
+    bits = halves.astype(np.float16).view(np.uint16).astype(np.uint32)
+    return bits[..., 0] | bits[..., 1] << 16
 
 
 def _prmt(a: Any, b: Any, selector: Any) -> Any:
@@ -67,10 +67,10 @@ _OPERATIONS = {
     "shr.u32": lambda a, b: a >> b,
     "prmt.b32": _prmt,
     "lop3.b32": _lop3,
-    "sub.rn.f16x2": lambda a, b: _register(*(_halves(a) - _halves(b))),
-    "mul.rn.f16x2": lambda a, b: _register(*(_halves(a) * _halves(b))),
-    "fma.rn.f16x2": lambda a, b, c: _register(*(_halves(a) * _halves(b) + _halves(c))),
-    "cvt.f32.f16": lambda a: _halves(a)[0].astype(np.float32).view(np.uint32),
-    "cvt.rn.f16x2.f32": lambda high, low: _register(low.view(np.float32), high.view(np.float32)),
-    "cvt.rn.f16x2.e4m3x2": lambda a: _register(float8_values(a & 255), float8_values(a >> 8 & 255)),
+    "sub.rn.f16x2": lambda a, b: _register(_halves(a) - _halves(b)),
+    "mul.rn.f16x2": lambda a, b: _register(_halves(a) * _halves(b)),
+    "fma.rn.f16x2": lambda a, b, c: _register(_halves(a) * _halves(b) + _halves(c)),
+    "cvt.f32.f16": lambda a: _halves(a)[..., 0].astype(np.float32).view(np.uint32),
+    "cvt.rn.f16x2.f32": lambda high, low: _register(np.stack([low, high], -1).view(np.float32)),
+    "cvt.rn.f16x2.e4m3x2": lambda a: _register(float8_values(np.stack([a & 255, a >> 8 & 255], -1))),
 }

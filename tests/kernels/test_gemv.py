@@ -73,7 +73,7 @@ def _check(run, variant, x_scale=1.0):
     expected = gemv_reference(variant, x_values, weight_values, **given)
     run(variant.source(), variant.grid(), *arguments)
     actual = float32(out) if variant.out_type == "bf16" else out.astype(np.float32)
-    size = np.sqrt(np.mean(expected**2))
+    size = np.sqrt(np.mean(expected.astype(np.float64) ** 2))
     tolerance = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8}[variant.out_type]
     error = FULL if variant.weight in ("bf16", "fp16") else PACKED
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=error * 8 * size)
@@ -95,3 +95,125 @@ def _values(stored):
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
 def test_bf16(run, rows):
     _check(run, Gemv(rows, 6, 2048, "bf16", "bf16", "bf16", TILE))
+
+
+def test_fp16(run):
+    _check(run, Gemv(2, 6, 1024, "fp16", "fp16", "fp16", TILE))
+
+
+@pytest.mark.parametrize("k", [32, 96, 160, 512, 1024, 1536, 2880, 3072])
+@pytest.mark.parametrize("weight", ["bf16", "fp8"])
+def test_any_k(run, weight, k):
+    _check(run, Gemv(1, 4, k, weight, "bf16", "fp32", TILE))
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [
+        GemvTile(1, 1, 1, 1),
+        GemvTile(8, 1, 2, 1),
+        GemvTile(8, 2, 2, 2),
+        GemvTile(16, 4, 1, 4),
+        GemvTile(8, 4, 2, 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("weight", ["bf16", "fp8"])
+def test_any_n_and_tile(run, tile, weight):
+    _check(run, Gemv(2, 13, 2048, weight, "bf16", "fp32", tile))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("weight", ["fp8", "int8"])
+def test_scale_per_row(run, weight, rows):
+    _check(run, Gemv(rows, 6, 2048, weight, "bf16", "bf16", TILE))
+
+
+def test_loads_of_eight_bytes(run):
+    _check(run, Gemv(1, 6, 1536, "fp8", "fp16", "fp16", GemvTile(2, 1, 2, 2, vector=8)))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_int4(run, rows, group_size, zeros):
+    _check(run, Gemv(rows, 6, 2560, "int4", "bf16", "bf16", TILE, group_size, zeros=zeros))
+
+
+@pytest.mark.parametrize("scale_type", ["fp32", "fp16", "bf16"])
+def test_groups_of_int8(run, scale_type):
+    _check(run, Gemv(1, 6, 1280, "int8", "bf16", "bf16", TILE, 128, scale_type=scale_type, zeros=True))
+
+
+@pytest.mark.parametrize("weight", ["bf16", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_norm(run, weight, rows):
+    group_size = 64 if weight == "int4" else None
+    _check(run, Gemv(rows, 4, 1344, weight, "fp32", "bf16", TILE, group_size, norm_eps=1e-5))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("weight", ["bf16", "fp8", "int4"])
+@pytest.mark.parametrize("warps_n", [1, 2])
+def test_gated(run, activation, weight, warps_n):
+    tile = GemvTile(2, warps_n, 2, 1)
+    group_size = 64 if weight == "int4" else None
+    options = {"epilogue": "gated", "activation": activation, "norm_eps": 1e-5, "bias": "bf16"}
+    _check(run, Gemv(2, 5, 1088, weight, "fp32", "bf16", tile, group_size, **options))
+
+
+@pytest.mark.parametrize("weight", ["bf16", "fp8"])
+@pytest.mark.parametrize("bias", [None, "bf16", "fp32"])
+def test_add(run, weight, bias):
+    _check(run, Gemv(4, 5, 1024, weight, "bf16", "fp32", TILE, epilogue="add", bias=bias))
+
+
+def test_logits_of_picked_rows(run):
+    options = {"norm_eps": 1e-6, "softcap": 30.0, "row_gather": True}
+    _check(run, Gemv(4, 7, 1024, "bf16", "fp32", "fp32", TILE, **options))
+
+
+def test_padding_reads_row_0(run):
+    variant = Gemv(2, 4, 512, "bf16", "bf16", "fp32", TILE, row_gather=True)
+    random = np.random.default_rng(3)
+    x, x_values = _stored(random.standard_normal((3, 512)), "bf16")
+    weight, weight_values = _stored(random.standard_normal((4, 512)), "bf16")
+    rows, out = np.array([2, -1], np.int32), np.zeros((2, 4), np.float32)
+    run(variant.source(), variant.grid(), x, rows, weight, out)
+    np.testing.assert_allclose(out, x_values[[2, 0]] @ weight_values.T, atol=1e-3)
+
+
+@pytest.mark.parametrize("weight", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-6, 1e6, 1e30])
+def test_no_magnitude_of_x_overflows_or_vanishes(run, weight, magnitude):
+    group_size = 64 if weight == "int4" else None
+    _check(run, Gemv(1, 4, 1024, weight, "fp32", "fp32", TILE, group_size), magnitude)
+
+
+@pytest.mark.parametrize("weight", ["fp8", "int8", "int4"])
+def test_greatest_weights_times_greatest_x(run, weight):
+    group_size = 32 if weight == "int4" else None
+    variant = Gemv(1, 2, 1024, weight, "fp32", "fp32", TILE, group_size)
+    stored, value = {
+        "fp8": (np.full((2, 1024), 0x7E, np.uint8), 448),
+        "int8": (np.full((2, 1024), -128, np.int8), -128),
+        "int4": (pack_int4(np.full((2, 1024), -8, np.int8)), -8),
+    }[weight]
+    x = np.full((1, 1024), 1.9990234375 * 2.0**20, np.float32)
+    out = np.zeros((1, 2), np.float32)
+    run(variant.source(), variant.grid(), x, stored, np.ones((2, 32), np.float32), out)
+    np.testing.assert_allclose(out, 1024 * value * x[0, 0], rtol=1e-3)
+
+
+def test_zero_x_gives_zero(run):
+    variant = Gemv(1, 2, 512, "fp8", "bf16", "fp32", TILE)
+    out = np.ones((1, 2), np.float32)
+    weight, scale = np.full((2, 512), 0x7E, np.uint8), np.ones((2, 1), np.float32)
+    run(variant.source(), variant.grid(), np.zeros((1, 512), np.uint16), weight, scale, out)
+    assert not out.any()
+
+
+def test_repacking_int4():
+    values = np.arange(64).reshape(2, 32).astype(np.int8) % 16 - 8
+    packed = (values[:, 0::2] & 15 | (values[:, 1::2] & 15) << 4).astype(np.uint8)
+    np.testing.assert_array_equal(repack_int4(packed), pack_int4(values))
