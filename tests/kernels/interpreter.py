@@ -13,6 +13,7 @@ import numpy as np
 import triton.language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle, interpreter_builder
 
 from farrier.plugins.kernel import KernelSource
@@ -152,6 +153,11 @@ _GLUON = _GluonLanguage()
 def _patched() -> Iterator[None]:
     """The interpreter multiplies bf16 and fp8 matrices by their bits, and truncates where the GPU rounds."""
     original = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)  # numpy 2.4 makes no int of an array of one number
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         product = np.matmul(_float32(a), _float32(b), dtype=np.float32) + d.data
@@ -173,9 +179,11 @@ def _patched() -> Iterator[None]:
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+    interpreter._patch_lang_tensor = patch_lang_tensor
     try:
         yield
     finally:
+        interpreter._patch_lang_tensor = patch_tensor
         (
             InterpreterBuilder.create_dot,
             InterpreterBuilder.cast_impl,
