@@ -16,7 +16,7 @@ _BLOCK = 4096
 
 
 @dataclass(frozen=True)
-class Logprobs:
+class Logprobs(Variant):
     """Logprobs of the rows that ask for them; the others' outputs stay as they are.
 
     Arguments: logits fp32 `[S, vocab_size]`; num_logprobs i32 `[S]`, at most 20, -1 for a row that asks for none;
