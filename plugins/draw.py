@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from farrier.plugins.kernel import KernelSource
+from farrier.plugins.kernel import KernelSource, PerRows, Variant
 from farrier.plugins.sampling import NOTHING_KEY, order_key, padded_vocab, tile_of
 
 _ONE = tl.constexpr(0x3F800000)
@@ -18,7 +18,7 @@ _ANY_ID = tl.constexpr(0x7FFFFFFF)
 
 
 @dataclass(frozen=True)
-class Draw:
+class Draw(Variant):
     """Draws the token of each row that is not greedy.
 
     Arguments: work fp32 `[S, padded_vocab(vocab_size)]` from `Adjust`, overwritten; temperature fp32, top_k i32,
@@ -47,8 +47,9 @@ class Draw:
             pdl=self.pdl,
         )
 
-    def grid(self, rows: int) -> tuple[int, ...]:
-        return (rows,)
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        return (PerRows(),)
 
 
 @triton.jit
@@ -207,7 +208,7 @@ def _nth_equal(x, key, nth, MASS: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.c
 @triton.jit
 def _top(x, count, best, STRIDE: tl.constexpr, TILE: tl.constexpr):
     """Key of the count-th largest logit, and the last id that counts among those equal to it."""
-    low = (NOTHING_KEY + 1 + best * 0).to(tl.int64)
+    low = best.to(tl.int64) * 0 + (NOTHING_KEY + 1)
     bound, exact = _threshold(x, low, best.to(tl.int64), count, count * 0, False, STRIDE, TILE)
     last = _ANY_ID
     if not exact:

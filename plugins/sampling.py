@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from farrier.plugins.kernel import KernelSource
+from farrier.plugins.kernel import KernelSource, PerRows, Variant
 
 INFINITE_KEY = tl.constexpr(0x7F800000)
 """The key of +inf. NaN's is above it."""
@@ -17,7 +17,7 @@ _HISTORY = tl.constexpr(1024)
 
 
 @dataclass(frozen=True)
-class Greedy:
+class Greedy(Variant):
     """The likeliest token of each row; equal logits rank by token id, lowest first.
 
     Arguments: logits fp32 `[S, vocab_size]`, partials i64 `[S, parts]`, counters i32 `[S]` (zeros, and zeros again
@@ -41,8 +41,9 @@ class Greedy:
             pdl=self.pdl,
         )
 
-    def grid(self, rows: int) -> tuple[int, ...]:
-        return (self.parts, rows)
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        return (self.parts, PerRows())
 
     @property
     def _block(self) -> int:
@@ -50,7 +51,7 @@ class Greedy:
 
 
 @dataclass(frozen=True)
-class Adjust:
+class Adjust(Variant):
     """Mask, logit bias and penalties, and the likeliest token after them. Leaves the logits as they are.
 
     Arguments, as `SamplingArrays` has them: logits fp32 `[S, vocab_size]`; masks u32 `[S, ceil(vocab_size / 32)]` if
@@ -92,8 +93,9 @@ class Adjust:
         constants |= {} if self.masked else {"masks": None}
         return KernelSource(_adjust, arguments, constants, num_warps=self._block // 256, pdl=self.pdl)
 
-    def grid(self, rows: int) -> tuple[int, ...]:
-        return (self.parts, rows)
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        return (self.parts, PerRows())
 
     @property
     def _block(self) -> int:
@@ -144,9 +146,7 @@ def _likeliest(x, columns, row, part, partials, counters, sampled, PARTS: tl.con
     tl.store(partials + row * PARTS + part, tl.max(ranked(x, columns), 0))
     if arrived_last(counters + row, PARTS):
         parts = tl.arange(0, triton.next_power_of_2(PARTS))
-        ranks = tl.load(
-            partials + row * PARTS + parts, parts < PARTS, other=-0x8000000000000000, cache_modifier=".cg"
-        )
+        ranks = tl.load(partials + row * PARTS + parts, parts < PARTS, other=-0x8000000000000000, cache_modifier=".cg")
         best = tl.max(ranks, 0)
         key = (best >> 32).to(tl.int32)
         tl.store(sampled + row, tl.where((key < INFINITE_KEY) & (key > NOTHING_KEY), id_of(best), -1))

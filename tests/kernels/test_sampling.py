@@ -8,6 +8,7 @@ import pytest
 from farrier.plugins.draw import Draw
 from farrier.plugins.sampling import Adjust, Greedy, padded_vocab
 from farrier.targets.sampling import NO_TOKEN, sample, uniforms
+from tests.kernels.conftest import ON_DEVICE
 from tests.unit.test_sampling import ALONE, Row, arrays, naive_weights
 
 
@@ -119,7 +120,7 @@ def random_row(rng, vocab_size):
     )
 
 
-@pytest.mark.parametrize(("vocab_size", "rows"), [(7, 40), (257, 60), (1000, 60), (32003, 12)])
+@pytest.mark.parametrize(("vocab_size", "rows"), [(7, 40), (257, 40), (1000, 40), (32003, 8)])
 def test_everything_together_agrees_with_the_reference(run, vocab_size, rows):
     rng = np.random.default_rng(vocab_size)
     logits = (rng.uniform(0.5, 5, (rows, 1)) * rng.standard_normal((rows, vocab_size))).astype(np.float32)
@@ -158,9 +159,9 @@ EXTREMES = [
 
 
 def test_extreme_settings_leave_only_the_likeliest_token(run):
-    logits = np.random.default_rng(0).standard_normal((1, 300)).astype(np.float32).repeat(6 * 5, 0)
+    logits = np.random.default_rng(0).standard_normal((1, 300)).astype(np.float32).repeat(6 * 3, 0)
     logits[:, 17] = 9.0
-    rows = [Row(**{**vars(row), "seed": seed}) for row in EXTREMES for seed in range(5)]
+    rows = [Row(**{**vars(row), "seed": seed}) for row in EXTREMES for seed in range(3)]
     assert set(draw(run, logits, arrays(rows, 300)).tolist()) == {17}
 
 
@@ -177,17 +178,17 @@ def test_extreme_settings_leave_only_the_likeliest_token(run):
     ],
 )
 def test_equal_logits_rank_by_token_id(run, settings, drawn):
-    logits = np.zeros((60, 200), np.float32)
-    given = arrays([Row(**{"temperature": 1.0, "seed": seed, **settings}) for seed in range(60)], 200)
+    logits = np.zeros((12, 200), np.float32)
+    given = arrays([Row(**{"temperature": 1.0, "seed": seed, **settings}) for seed in range(12)], 200)
     sampled = draw(run, logits, given)
     assert sampled.tolist() == sample(logits, given).token_ids.tolist()
-    assert set(sampled.tolist()) == drawn if drawn else len(set(sampled.tolist())) > 30
+    assert set(sampled.tolist()) <= drawn if drawn else len(set(sampled.tolist())) > 8
 
 
 def test_extreme_logits(run):
-    logits = np.full((40, 100), -3e38, np.float32)
+    logits = np.full((10, 100), -3e38, np.float32)
     logits[:, 40:42] = 3e38
-    rows = [Row(temperature=1.0, top_p=0.999, seed=seed) for seed in range(40)]
+    rows = [Row(temperature=1.0, top_p=0.999, seed=seed) for seed in range(10)]
     assert set(draw(run, logits, arrays(rows, 100)).tolist()) == {40, 41}
 
 
@@ -213,15 +214,20 @@ def test_every_token_of_any_vocabulary_can_be_drawn(run, vocab_size):
     assert draw(run, logits, given).tolist() == sample(logits, given).token_ids.tolist()
 
 
-def test_draws_follow_the_distribution(run):
-    rng = np.random.default_rng(11)
-    count, vocab_size = 1500, 40
-    values = rng.standard_normal(vocab_size).astype(np.float32)
-    rows = [Row(temperature=0.8, top_k=30, top_p=0.9, seed=seed) for seed in range(count)]
-    sampled = draw(run, np.repeat(values[None], count, axis=0), arrays(rows, vocab_size))
-    observed = np.bincount(sampled, minlength=vocab_size)
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({}, 400),
+        pytest.param({"top_k": 30, "top_p": 0.9}, 20_000, marks=pytest.mark.skipif(not ON_DEVICE, reason="slow")),
+    ],
+)
+def test_draws_follow_the_distribution(run, settings, count):
+    values = np.random.default_rng(11).standard_normal(40).astype(np.float32)
+    rows = [Row(temperature=0.8, seed=seed, **settings) for seed in range(count)]
+    sampled = draw(run, np.repeat(values[None], count, axis=0), arrays(rows, 40))
+    observed = np.bincount(sampled, minlength=40)
     weights = naive_weights(values, rows[0])
-    expected = np.zeros(vocab_size)
+    expected = np.zeros(40)
     expected[list(weights)] = np.array(list(weights.values())) / sum(weights.values()) * count
     assert not observed[expected == 0].any()
     observed, expected = observed[expected > 0], expected[expected > 0]
