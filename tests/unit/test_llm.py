@@ -21,6 +21,13 @@ from farrier.targets.engine import Batch
 from farrier.targets.errors import EngineError, InsufficientResourcesError, OverloadedError, RequestError
 from tests.reference_engine import ReferenceEngine, ReferenceHandle, logits_after, reference_config
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["plain", "overlapped"])
+def overlaps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Everything is true of both loops."""
+    monkeypatch.setattr(ReferenceEngine, "overlaps", request.param)
+    return bool(request.param)
+
+
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 LONG = replace(GREEDY, max_tokens=50)
 
