@@ -64,7 +64,9 @@ class BatchPacker:
             constants = self._last = _Constants(sampled)
         history_ids, history_starts, output_starts = _NO_IDS, constants.zeros, constants.zeros[:-1]
         if constants.any_penalty:
-            histories = [sequence.tokens if sequence.params.has_penalty else sequence.tokens[:0] for sequence in sampled]
+            histories = [
+                sequence.tokens if sequence.params.has_penalty else sequence.tokens[:0] for sequence in sampled
+            ]
             history_ids, history_starts = _concatenate(histories), _starts([len(history) for history in histories])
             output_starts = history_starts[:-1] + constants.prompt_lens
         masks = None

@@ -108,6 +108,7 @@ class ReferenceEngine:
         self.is_closed = False
         self.num_steps = 0
         self.num_computed_tokens = 0
+        self.num_references = 0
         self._tokens = self._positions = np.empty((0, 0), np.int32)
         self._steps: list[_Step] = []
         """The last one, and before it those that were not waited for."""
@@ -137,6 +138,7 @@ class ReferenceEngine:
         self._steps = [*self._steps[-1:], step]
         self.num_steps += 1
         self.num_computed_tokens += batch.num_tokens
+        self.num_references += int((batch.token_ids < 0).sum())
         return ReferenceHandle(lambda: self._wait(step, previous))
 
     def run(self, batch: Batch, token_ids: npt.NDArray[np.int32]) -> StepResult:

@@ -194,8 +194,7 @@ def test_abort() -> None:
     assert [d.finish_reason for d in core.core.abort("waiting")] == ["abort"]
     assert core.core.abort("running") == []
     assert core.core.abort("unknown") == []
-    assert not core.core.has_work
-    core.core.check_idle()
+    assert core.finish() == []
 
 
 def test_an_id_is_free_again_once_its_request_is_over() -> None:
