@@ -31,8 +31,8 @@ class BatchPacker:
         sampled, sample_rows = [], []
         row = -1
         for sequence, count in zip(plan.sequences, plan.num_tokens, strict=True):
-            start = sequence.num_computed
-            end = start + count
+            end = sequence.num_scheduled
+            start = end - count
             held = sequence.block_ids[: -(-end // self.block_size)]
             tokens.append(sequence.tokens[start:end])
             blocks.append(held)
@@ -64,7 +64,9 @@ class BatchPacker:
             constants = self._last = _Constants(sampled)
         history_ids, history_starts, output_starts = _NO_IDS, constants.zeros, constants.zeros[:-1]
         if constants.any_penalty:
-            histories = [sequence.tokens if _has_penalty(sequence) else sequence.tokens[:0] for sequence in sampled]
+            histories = [
+                sequence.tokens if sequence.params.has_penalty else sequence.tokens[:0] for sequence in sampled
+            ]
             history_ids, history_starts = _concatenate(histories), _starts([len(history) for history in histories])
             output_starts = history_starts[:-1] + constants.prompt_lens
         masks = None
@@ -111,8 +113,8 @@ class _Constants:
         self.num_logprobs = np.array([-1 if p.logprobs is None else p.logprobs for p in params], np.int32)
         self.zeros = np.zeros(len(sampled) + 1, np.int32)
         self.any_guide = any(sequence.guide is not None for sequence in sampled)
-        self.any_penalty = any(_has_penalty(sequence) for sequence in sampled)
-        self.prompt_lens = np.array([s.num_prompt_tokens if _has_penalty(s) else 0 for s in sampled], np.int32)
+        self.any_penalty = any(sequence.params.has_penalty for sequence in sampled)
+        self.prompt_lens = np.array([s.num_prompt_tokens if s.params.has_penalty else 0 for s in sampled], np.int32)
         self.bias_will_change = any(_is_below_min_tokens(sequence) for sequence in sampled)
         self.bias_ids, self.bias_values, self.bias_starts = _biases(sampled)
 
@@ -134,11 +136,6 @@ def _biases(sampled: list[Sequence]) -> tuple[Int32, Float32, Int32]:
 
 def _is_below_min_tokens(sequence: Sequence) -> bool:
     return sequence.num_output_tokens < sequence.params.min_tokens
-
-
-def _has_penalty(sequence: Sequence) -> bool:
-    p = sequence.params
-    return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
 
 
 def _starts(lengths: list[int]) -> Int32:

@@ -1,4 +1,9 @@
-"""The engine core: schedule, step, append, finish. One thread calls it; it knows neither clock nor network."""
+"""The engine core: schedule, step, append, finish. One thread calls it; it knows neither clock nor network.
+
+Two loops do the same with the same parts, and every output is the same. The plain one waits for a step before it
+schedules the next. The overlapped one is for engines whose `step` returns while a device computes: it schedules and
+enqueues step n + 1 first, and only then waits for step n, whose tokens it appends while n + 1 runs.
+"""
 
 from dataclasses import dataclass
 
@@ -6,8 +11,8 @@ from farrier.runtime.batch import BatchPacker, token_logprobs
 from farrier.runtime.block_pool import BlockPool
 from farrier.runtime.outputs import CoreStats, Delta, FinishReason
 from farrier.runtime.request import Sequence
-from farrier.runtime.scheduler import CapacityPolicy, Scheduler
-from farrier.targets.engine import Engine, StepResult
+from farrier.runtime.scheduler import CapacityPolicy, Schedule, Scheduler
+from farrier.targets.engine import Engine, StepHandle, StepResult
 from farrier.targets.errors import EngineError, FarrierError, RequestError
 from farrier.targets.sampling import NO_TOKEN
 
@@ -19,6 +24,13 @@ class CoreOptions:
     num_blocks: int
     capacity_policy: CapacityPolicy = "guaranteed_no_evict"
     enable_prefix_caching: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _StepUnderWay:
+    plan: Schedule
+    sampled: list[Sequence]
+    handle: StepHandle
 
 
 class EngineCore:
@@ -36,12 +48,14 @@ class EngineCore:
         self._packer = BatchPacker(config.spec.vocab_size, config.block_size)
         self._vocab_size = config.spec.vocab_size
         self._requests: dict[str, list[Sequence]] = {}
+        self._iterate = self._overlapped if engine.overlaps else self._plain
+        self._under_way: _StepUnderWay | None = None
         self._num_steps = 0
         self._generation_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._under_way is not None
 
     @property
     def num_waiting(self) -> int:
@@ -67,19 +81,47 @@ class EngineCore:
         return self._end(request_id, "abort", None)
 
     def abort_all(self) -> list[Delta]:
-        return [delta for request_id in list(self._requests) for delta in self.abort(request_id)]
+        """Ends every request, and waits for the step under way: then there is no work left."""
+        deltas = [delta for request_id in list(self._requests) for delta in self.abort(request_id)]
+        return deltas + self.step() if self.has_work else deltas
 
     def step(self) -> list[Delta]:
-        """Runs one iteration. A failing engine ends every request with an error; it never raises."""
+        """Runs one iteration; returns what the step that it ended, if any, added to the outputs.
+
+        A failing engine ends every request with an error; it never raises.
+        """
         try:
-            plan = self.scheduler.schedule()
-            batch, sampled = self._packer.pack(plan)
-            result = self.engine.step(batch).wait()
-            self.scheduler.commit(plan)
-            self._num_steps += 1
-            return self._unpack(sampled, result)
+            return self._iterate()
         except Exception as error:
             return self.fail(error)
+
+    def _plain(self) -> list[Delta]:
+        return self._complete(self._enqueue())
+
+    def _overlapped(self) -> list[Delta]:
+        previous = self._under_way
+        self._under_way = self._enqueue()
+        return self._complete(previous)
+
+    def _enqueue(self) -> _StepUnderWay | None:
+        """Enqueues the next step, if there is one to be had now."""
+        plan = self.scheduler.schedule()
+        if not plan.sequences:
+            return None
+        batch, sampled = self._packer.pack(plan)
+        handle = self.engine.step(batch)
+        for row, sequence in enumerate(sampled):
+            sequence.expect_token(row)
+        return _StepUnderWay(plan, sampled, handle)
+
+    def _complete(self, step: _StepUnderWay | None) -> list[Delta]:
+        """Waits for a step and appends its tokens."""
+        if step is None:
+            return []
+        result = step.handle.wait()
+        self.scheduler.commit(step.plan)
+        self._num_steps += 1
+        return self._unpack(step.sampled, result)
 
     def fail(self, error: Exception) -> list[Delta]:
         """Declares the engine dead because of `error` and ends every request."""
@@ -92,6 +134,7 @@ class EngineCore:
         unfinished = [s for sequences in self._requests.values() for s in sequences if not s.is_finished]
         self._requests.clear()
         self.scheduler.clear()
+        self._under_way = None
         return last_deltas(unfinished, "error", error)
 
     def check_idle(self) -> None:
@@ -118,8 +161,10 @@ class EngineCore:
     def _unpack(self, sampled: list[Sequence], result: StepResult) -> list[Delta]:
         deltas: list[Delta] = []
         for row, (sequence, token_id) in enumerate(zip(sampled, result.token_ids.tolist(), strict=True)):
-            if sequence.is_finished:  # ended with its request, by an error of another output earlier in this loop
+            # It ended before this step did, or with its request by an error of another output earlier in this loop.
+            if sequence.is_finished:
                 continue
+            self._generation_tokens += 1
             try:
                 delta = self._advance(sequence, token_id)
             except Exception as error:
@@ -128,14 +173,13 @@ class EngineCore:
             if row in result.logprobs:
                 delta.logprobs = [token_logprobs(token_id, result.logprobs[row])]
             deltas.append(delta)
-        self._generation_tokens += len(sampled)
         return deltas
 
     def _advance(self, sequence: Sequence, token_id: int) -> Delta:
-        """Appends a sampled token. Whatever the guide or the detokenizer raises is the caller's to handle."""
+        """Takes in a sampled token. Whatever the guide or the detokenizer raises is the caller's to handle."""
         if token_id == NO_TOKEN:
             raise EngineError("No token could be sampled: the logits are not finite, or none is allowed.")
-        sequence.tokens.append(token_id)
+        sequence.set_token(token_id)
         reason: FinishReason | None = None
         stop_reason: int | str | None = None
         text = ""
@@ -151,7 +195,7 @@ class EngineCore:
             text = detokenizer.append([token_id])
             if detokenizer.stopped_by is not None:
                 reason, stop_reason = "stop", detokenizer.stopped_by
-        if reason is None and len(sequence.tokens) >= sequence.max_len:
+        if reason is None and sequence.num_computed + 1 >= sequence.max_len:
             reason = "length"
         if reason is None:
             sequence.update_mask(self._vocab_size)

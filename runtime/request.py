@@ -57,8 +57,10 @@ class Guide(Protocol):
 class Sequence:
     """One output of a request: its tokens, how far their KV is computed, and which blocks hold it.
 
-    There is no prefill or decode phase: `num_computed` catches up with `len(tokens)`, and a token is sampled
-    whenever it does. `tokens` and `block_ids` are int32 arrays so that packing a batch is a few memory copies.
+    There is no prefill or decode phase: `num_scheduled` catches up with `len(tokens)`, and a token is sampled
+    whenever it does. Until the host knows that token, a negative one stands for it in `tokens`: the reference by
+    which the next batch can already use it. Only the last token of a sequence can be unknown to a schedule.
+    `tokens` and `block_ids` are int32 arrays so that packing a batch is a few memory copies.
     """
 
     __slots__ = (
@@ -75,6 +77,7 @@ class Sequence:
         "num_computed",
         "num_prompt_tokens",
         "num_published",
+        "num_scheduled",
         "order",
         "params",
         "prefix_id",
@@ -119,7 +122,10 @@ class Sequence:
         self.is_running = False
         """Holds blocks."""
         self.is_finished = False
+        self.num_scheduled = 0
+        """Leading tokens that are computed, or will be by the steps under way."""
         self.num_computed = 0
+        """Leading tokens whose KV exists: the steps that compute them are over. All of them are known."""
         self.block_ids = array("i")
         self.num_published = 0
         """Leading blocks that other sequences may share."""
@@ -134,6 +140,25 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def is_under_way(self) -> bool:
+        """A step that computes it is not over: its blocks are being read and written."""
+        return self.num_scheduled != self.num_computed
+
+    @property
+    def must_know_last_token(self) -> bool:
+        """Its last token is not known yet, and sampling the next one depends on the host knowing it: the guide has to
+        see it, or penalties are due for it."""
+        return self.tokens[-1] < 0 and (self.guide is not None or self.params.has_penalty)
+
+    def expect_token(self, row: int) -> None:
+        """A step samples its next token, in this row of its samples."""
+        self.tokens.append(-1 - row)
+
+    def set_token(self, token_id: int) -> None:
+        """What the step that ended last sampled."""
+        self.tokens[self.num_computed] = token_id
 
     def update_mask(self, vocab_size: int) -> None:
         """Asks the guide which tokens may come next. Raises RequestError when none may."""

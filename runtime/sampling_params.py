@@ -92,6 +92,11 @@ class SamplingParams:
         )
         self._check(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
 
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the tokens so far weigh on the next one."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
     def _check(self, ok: bool, name: str, must_be: str) -> None:
         if not ok:
             raise RequestError(f"{name} must be {must_be}, but it is {getattr(self, name)!r}.", param=name)

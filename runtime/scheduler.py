@@ -32,6 +32,9 @@ class Scheduler:
     `schedule` says what to compute, `commit` that it was computed, `remove` that a sequence is over. Whoever
     cannot go first by (priority, arrival, index) waits; nobody overtakes.
 
+    One step may be scheduled while the one before is under way, its samples unknown. Blocks of a step under way are
+    nobody else's until it is committed, and only then are they shared.
+
     guaranteed_no_evict admits a sequence only if the blocks that everything running may still need are there.
     max_utilization admits what fits now; when blocks run out, the last in order gives up its own and recomputes.
     """
@@ -53,6 +56,8 @@ class Scheduler:
         """Blocks that running sequences may still need, when that is guaranteed."""
         self._is_full = False
         """The first in the queue did not fit, and neither the queue nor what is free has changed since."""
+        self._num_under_way = 0
+        """Sequences in steps that are not committed."""
         self.num_preemptions = 0
         self.prompt_tokens = 0
         self.prefix_queries = 0
@@ -85,31 +90,51 @@ class Scheduler:
         self._enqueue(leader)
 
     def schedule(self) -> Schedule:
-        """The next step; empty only when there is no work."""
+        """The next step; empty only when there is no work, or the step under way has to end first."""
         plan = Schedule([], [])
         budget = self.ceilings.max_num_tokens
         prompts = []
+        num_held = 0
         position = 0
         # Preemption shortens `running` from its end, never before `position`.
         while position < len(self.running) and budget:
             sequence = self.running[position]
             position += 1
-            if len(sequence.tokens) - sequence.num_computed > 1:
+            length = len(sequence.tokens)
+            if length - sequence.num_scheduled > 1:
                 prompts.append(sequence)
-            elif self._has_room(sequence):
+            elif length == sequence.max_len:  # the step under way samples its last token
+                continue
+            elif sequence.must_know_last_token:
+                num_held += 1
+            elif length <= len(sequence.block_ids) * self.pool.block_size or self._has_room(sequence):
                 plan.add(sequence, 1)
                 budget -= 1
+            elif self._num_under_way:
+                return Schedule([], [])
         for sequence in prompts:
             budget -= self._compute(sequence, budget, plan)
         while budget and self.waiting and self._admit(self.waiting[0]):
             budget -= self._compute(self.waiting.pop(0), budget, plan)
+        # Who is held misses this step, which the others need not feel. But where most are held they would run in
+        # every second step only, so there the step under way ends first and everybody goes together.
+        if num_held > len(plan.sequences):
+            return Schedule([], [])
+        for sequence, count in zip(plan.sequences, plan.num_tokens, strict=True):
+            sequence.num_scheduled += count
+        self._num_under_way += len(plan.sequences)
         return plan
 
     def commit(self, plan: Schedule) -> None:
-        """The step ran: the KV of its tokens exists, and whole blocks of it can be shared."""
+        """The step ran: the KV of its tokens exists, and whole blocks of it can be shared. Steps end in the order in
+        which they were scheduled."""
         size = self.pool.block_size
+        self._num_under_way -= len(plan.sequences)
         for sequence, count in zip(plan.sequences, plan.num_tokens, strict=True):
             sequence.num_computed += count
+            if sequence.is_finished:  # removed while the step ran
+                self._release_blocks(sequence)
+                continue
             for index in range(sequence.num_published, sequence.num_computed // size):
                 tokens = sequence.tokens[index * size : (index + 1) * size]
                 sequence.prefix_id = self.pool.publish(sequence.prefix_id, tokens, sequence.block_ids[index])
@@ -135,7 +160,7 @@ class Scheduler:
         self.num_parked = 0
 
     def _compute(self, sequence: Sequence, budget: int, plan: Schedule) -> int:
-        count = min(budget, len(sequence.tokens) - sequence.num_computed)
+        count = min(budget, len(sequence.tokens) - sequence.num_scheduled)
         if count:
             plan.add(sequence, count)
         return count
@@ -157,7 +182,7 @@ class Scheduler:
         sequence.block_ids.extend(self.pool.allocate(own))
         self._promised += later
         sequence.num_published, sequence.prefix_id = len(shared), prefix_id
-        sequence.num_computed = len(shared) * self.pool.block_size
+        sequence.num_scheduled = sequence.num_computed = len(shared) * self.pool.block_size
         sequence.is_running = True
         insort(self.running, sequence, key=_by_order)
         if not sequence.was_started:
@@ -169,10 +194,11 @@ class Scheduler:
         return True
 
     def _has_room(self, sequence: Sequence) -> bool:
-        """Makes sure of a block for the sequence's last token; False if the sequence itself had to give way."""
-        if len(sequence.block_ids) * self.pool.block_size >= len(sequence.tokens):
-            return True
+        """Gets the sequence another block. False if it had to give way itself, or a step is under way: that one's
+        blocks are not to be had, so it must be over before anybody gives way."""
         while not self.pool.num_free:
+            if self._num_under_way:
+                return False
             last = self.running.pop()
             self._give_up_blocks(last)
             self._enqueue(last)
@@ -187,10 +213,15 @@ class Scheduler:
     def _give_up_blocks(self, sequence: Sequence) -> None:
         if self.guaranteed:
             self._promised -= self._blocks_for(sequence.max_len - 1) - len(sequence.block_ids)
-        self.pool.release(sequence.block_ids)
-        del sequence.block_ids[:]
         sequence.is_running = False
-        self._is_full = False
+        self._release_blocks(sequence)
+
+    def _release_blocks(self, sequence: Sequence) -> None:
+        """Once no step under way uses them; `commit` comes back to it."""
+        if not sequence.is_under_way:
+            self.pool.release(sequence.block_ids)
+            del sequence.block_ids[:]
+            self._is_full = False
 
     def _release_followers(self, leader: Sequence) -> None:
         for follower in leader.followers:

@@ -158,7 +158,9 @@ class Batch:
     """One iteration, ragged and unpadded: T tokens of B sequences, S of whose rows are sampled.
 
     Prefill chunks and decodes mix freely. A negative token id `-1 - r` means "what row r of the previous
-    step sampled", so that the host can schedule step n + 1 while the device runs n.
+    step sampled", so that the host can schedule step n + 1 while the device runs n. The sequence is the one row r was
+    sampled for, the position the next one. If that row offered no token, any may take its place: whatever is sampled
+    after it is thrown away.
     """
 
     token_ids: Int32
@@ -209,7 +211,7 @@ class StepResult:
 
 class StepHandle(Protocol):
     def wait(self) -> StepResult:
-        """Blocks until the iteration is done. Call once."""
+        """Blocks until the iteration is done. Call once, in the order of the steps."""
         ...
 
 
@@ -227,16 +229,27 @@ class Engine(Protocol):
     @property
     def config(self) -> EngineConfig: ...
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether `step` returns while the device still computes, so that scheduling the next step meanwhile pays.
+
+        Then a second step may be enqueued before the first one's handle was waited for, but never a third; it runs
+        after the first. Otherwise each step is waited for before the next.
+        """
+        ...
+
     def memory(self) -> KvMemory: ...
 
     def allocate(self, num_blocks: int) -> None:
         """Creates the KV pool; must be called once, before the first step."""
         ...
 
-    def step(self, batch: Batch) -> StepHandle: ...
+    def step(self, batch: Batch) -> StepHandle:
+        """Enqueues one iteration. Nobody changes the batch's arrays afterwards."""
+        ...
 
     def close(self) -> None:
-        """Frees the device; idempotent."""
+        """Frees the device; idempotent. After a failure, steps may still be under way."""
         ...
 
 

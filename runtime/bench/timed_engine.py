@@ -30,6 +30,10 @@ class TimedEngine:
     def config(self) -> EngineConfig:
         return self.wrapped.config
 
+    @property
+    def overlaps(self) -> bool:
+        return self.wrapped.overlaps
+
     def memory(self) -> KvMemory:
         return self.wrapped.memory()
 

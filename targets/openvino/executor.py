@@ -33,6 +33,9 @@ def compile_options(config: EngineConfig) -> dict[str, Any]:
 class OpenVinoEngine:
     """The engine contract over one OpenVINO infer request. `load` maps and compiles; see `farrier.targets.engine`."""
 
+    overlaps = False
+    """Scheduling needs the cores that compute, and there is one infer request."""
+
     def __init__(
         self, config: EngineConfig, file: TensorFile, attention: Attention, compiled: ov.CompiledModel
     ) -> None:

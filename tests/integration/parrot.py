@@ -25,6 +25,8 @@ class Parrot:
     broken: the next step fails.
     """
 
+    overlaps = False
+
     def __init__(self, tokenizer: Tokenizer, *, max_batch_size: int = 16, max_seq_len: int = 512) -> None:
         self.config = _config(Ceilings(max_batch_size, 256, max_seq_len))
         self.broken = False

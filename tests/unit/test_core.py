@@ -12,12 +12,19 @@ from farrier.runtime.outputs import Delta
 from farrier.runtime.request import Sequence
 from farrier.runtime.sampling_params import GuidedDecoding, SamplingParams
 from farrier.runtime.tokenizer import Tokenizer
-from farrier.targets.engine import Batch, EngineConfig
+from farrier.targets.engine import Batch, EngineConfig, StepResult
 from farrier.targets.errors import EngineError, FarrierError, RequestError
 from tests.reference_engine import ReferenceEngine, ReferenceHandle, logits_after, reference_config
 
 VOCAB_SIZE = 50
 NUM_BLOCKS = 200
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["plain", "overlapped"])
+def overlaps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Everything is true of both loops."""
+    monkeypatch.setattr(ReferenceEngine, "overlaps", request.param)
+    return bool(request.param)
 
 
 class Fixture:
@@ -187,8 +194,7 @@ def test_abort() -> None:
     assert [d.finish_reason for d in core.core.abort("waiting")] == ["abort"]
     assert core.core.abort("running") == []
     assert core.core.abort("unknown") == []
-    assert not core.core.has_work
-    core.core.check_idle()
+    assert core.finish() == []
 
 
 def test_an_id_is_free_again_once_its_request_is_over() -> None:
@@ -345,10 +351,10 @@ def test_a_guide_that_allows_nothing_ends_its_own_request() -> None:
 
 def test_logits_that_offer_no_token_end_their_own_request() -> None:
     class Sick(ReferenceEngine):
-        def step(self, batch: Batch) -> ReferenceHandle:
-            result = super().step(batch).wait()
-            result.token_ids[batch.token_ids[batch.sample_rows] == 9] = -1
-            return ReferenceHandle(result)
+        def run(self, batch: Batch, token_ids: npt.NDArray[np.int32]) -> StepResult:
+            result = super().run(batch, token_ids)
+            result.token_ids[token_ids[batch.sample_rows] == 9] = -1
+            return result
 
     core = Fixture(engine=Sick)
     core.add("good", max_tokens=4, ignore_eos=True, logit_bias={9: -100.0})

@@ -285,3 +285,99 @@ def test_check_idle_reports_what_was_lost() -> None:
     scheduler.running.clear()
     with pytest.raises(RuntimeError, match="are referenced although nothing runs"):
         scheduler.check_idle()
+
+
+# --- a step scheduled while the one before is under way ---
+
+
+def schedule(scheduler: Scheduler) -> Schedule:
+    """A step whose samples stay unknown."""
+    plan = scheduler.schedule()
+    for row, sequence in enumerate(plan.sequences):
+        if sequence.num_scheduled == len(sequence.tokens):
+            sequence.expect_token(row)
+    return plan
+
+
+def end(scheduler: Scheduler, plan: Schedule) -> None:
+    """Ends a step; every sample is token 1."""
+    scheduler.commit(plan)
+    for sequence in plan.sequences:
+        if not sequence.is_finished and sequence.tokens[sequence.num_computed] < 0:
+            sequence.set_token(1)
+
+
+def test_nobody_is_scheduled_beyond_its_last_token() -> None:
+    scheduler = make()
+    add(scheduler, "a", 3, max_tokens=2)
+    add(scheduler, "b", 3, max_tokens=3)
+    plans = [schedule(scheduler)]
+    for expected in ([("a", 1), ("b", 1)], [("b", 1)], []):
+        plans.append(schedule(scheduler))
+        assert names(plans[-1]) == expected
+        end(scheduler, plans.pop(0))
+    assert [len(sequence.tokens) for sequence in scheduler.running] == [5, 6]
+
+
+def test_a_block_is_shared_only_once_the_step_that_fills_it_is_over() -> None:
+    scheduler = make()
+    add(scheduler, "a", prompt := list(range(8)))
+    first = schedule(scheduler)
+    add(scheduler, "b", [*prompt, 9])
+    second = schedule(scheduler)
+    assert names(second) == [("a", 1), ("b", 9)]
+    end(scheduler, first)
+    add(scheduler, "c", [*prompt, 9])
+    assert names(schedule(scheduler)) == [("a", 1), ("b", 1), ("c", 1)]
+
+
+def test_a_block_is_found_by_the_tokens_that_came_not_by_those_unknown() -> None:
+    scheduler = make()
+    add(scheduler, "a", [5, 6, 7])
+    plans = [schedule(scheduler) for _ in range(2)]
+    assert plans[1].sequences[0].tokens.tolist() == [5, 6, 7, -1, -1]
+    for plan in plans:
+        end(scheduler, plan)
+    add(scheduler, "b", [5, 6, 7, 1, 9])
+    assert names(scheduler.schedule()) == [("a", 1), ("b", 1)]
+
+
+def test_blocks_of_whoever_leaves_during_a_step_are_free_when_it_is_over() -> None:
+    scheduler = make(num_blocks=3, max_num_tokens=8)
+    (gone,) = add(scheduler, "gone", 8, max_tokens=4)
+    first = schedule(scheduler)
+    second = schedule(scheduler)
+    add(scheduler, "next", 12, max_tokens=1)
+    scheduler.remove(gone)
+    assert scheduler.pool.num_free == 0
+    assert schedule(scheduler).sequences == []
+    scheduler.commit(first)
+    assert scheduler.pool.num_free == 0, "the second step still writes"
+    scheduler.commit(second)
+    assert scheduler.pool.num_free == 3
+    assert names(schedule(scheduler)) == [("next", 8)]
+
+
+def test_nobody_gives_way_during_a_step() -> None:
+    scheduler = make(num_blocks=4, policy="max_utilization")
+    add(scheduler, "a", 7, max_tokens=6)
+    (last,) = add(scheduler, "b", 7, max_tokens=6)
+    plans = [schedule(scheduler) for _ in range(2)]
+    assert names(plans[1]) == [("a", 1), ("b", 1)]
+    for plan in plans:
+        # "a" needs a third block, but "b" is being computed: nothing more is scheduled until that is over.
+        assert schedule(scheduler).sequences == []
+        assert scheduler.num_preemptions == 0
+        end(scheduler, plan)
+    assert names(schedule(scheduler)) == [("a", 1)]
+    assert scheduler.waiting == [last]
+    assert last.tokens.tolist()[-2:] == [1, 1]
+
+
+def test_other_outputs_start_when_the_step_with_the_end_of_the_prompt_is_over() -> None:
+    scheduler = make()
+    add(scheduler, "r", 10, n=3)
+    plan = schedule(scheduler)
+    assert names(schedule(scheduler)) == [("r", 1)]
+    end(scheduler, plan)
+    assert names(schedule(scheduler)) == [("r", 1), ("r.1", 2), ("r.2", 2)]
