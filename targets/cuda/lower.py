@@ -9,12 +9,14 @@ from farrier.plugins.activation import Gated
 from farrier.plugins.attention import AttentionShape, DecodeAttention, PrefillAttention
 from farrier.plugins.draw import Draw
 from farrier.plugins.embedding import Embedding
-from farrier.plugins.gemm import TMA_CAPABILITY, Gemm, GemmTile, WeightForm
+from farrier.plugins.gemm import TMA_CAPABILITY, Gemm, GemmTile
 from farrier.plugins.gemv import Gemv, GemvTile
 from farrier.plugins.kernel import PDL_CAPABILITY, KernelSource, PerRows, Variant
+from farrier.plugins.logprobs import MAX_LOGPROBS, Logprobs
 from farrier.plugins.norm import PostNormAdd, Quantize, RmsNorm
 from farrier.plugins.rope import RopeAppend
 from farrier.plugins.sampling import Adjust, Greedy, padded_vocab
+from farrier.plugins.weight_form import WeightForm
 from farrier.targets.cuda.plan import Buffer, Extent, Launch, Multiply, Program, Size, Step, Type
 from farrier.targets.cuda.products import GEMV_ROWS, Epilogue, Product, Tactics
 from farrier.targets.decoder import DecoderSpec, LayerSpec
@@ -141,6 +143,17 @@ class _Lowering:
             draw = Draw(vocab, pdl=pdl)
             self._launch(draw, "#S", "work", "temperature", "top_k", "top_p", "min_p", "draws", "sampled")
             add(kind)
+        logprobs = Logprobs(vocab, pdl=pdl)
+        self._buffer("top_partials", "i64", "#S", logprobs.parts * 32)
+        self._buffer("exp_sums", "fp32", "#S", logprobs.parts * 2)
+        self._buffer("token_logprobs", "fp32", "#S", 1)
+        self._buffer("top_ids", "i32", "#S", MAX_LOGPROBS)
+        self._buffer("top_values", "fp32", "#S", MAX_LOGPROBS)
+        self._launch(
+            logprobs, "#S", "logits", "num_logprobs", "sampled", "top_partials", "exp_sums", "rank_counters",
+            "token_logprobs", "top_ids", "top_values",
+        )  # fmt: skip
+        add("logprobs")
         return programs
 
     def _taken(self) -> tuple[Step, ...]:
@@ -426,8 +439,22 @@ class _Lowering:
         expected = list(self._sources[name].arguments)
         if len(arguments) != len(expected):
             raise ValueError(f"{type(variant).__name__} takes {expected}, not {arguments}.")
-        x, y, z = (*(_extent(extent, size) for extent in variant.extents), 1, 1)[:3]
+        x, y, z = (*(_extent(extent, size) for extent in _extents(variant)), 1, 1)[:3]
         self._steps.append(Launch(name, (x, y, z), arguments))
+
+
+def _extents(variant):
+    if isinstance(variant, Variant):
+        return variant.extents
+    if isinstance(variant, Gemv):
+        return variant.grid()
+    if isinstance(variant, Gemm):
+        return (PerRows(variant.tile.block_m, -(-variant.n // variant.tile.block_n)),)
+    if isinstance(variant, DecodeAttention):
+        return (variant.shape.num_kv_heads, variant.splits, PerRows())
+    if isinstance(variant, PrefillAttention):
+        return (PerRows(), variant.shape.num_kv_heads)
+    return (PerRows(),)
 
 
 def _extent(extent: int | PerRows, size: Size) -> Extent:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from farrier.plugins.gemm import Gemm, GemmTile
-from farrier.plugins.gemv import Gemv, GemvTile
+from farrier.plugins.gemm import GemmTile
+from farrier.plugins.gemv import GemvTile
 from farrier.targets.cuda.plan import Type
 
 Epilogue = Literal["store", "add", "gated"]
@@ -66,12 +66,16 @@ class Tactics:
         """`rows`: as many as the product has, or at most has."""
         if self._deterministic:
             # One kernel and tile for any number of rows: then no row's result depends on the others.
-            return Gemm.default_tile(product, 64, self._capability)
+            return _gemm_tile(product, 64)
         swept = self._swept.get(product.key(rows))
         if swept is not None:
             return swept
         if rows in GEMV_ROWS:
-            return Gemv.default_tile(product, rows, self._capability)
+            return GemvTile(2, 1, 4, 2)
         if product.in_library:
             return "library"
-        return Gemm.default_tile(product, rows, self._capability)
+        return _gemm_tile(product, rows)
+
+
+def _gemm_tile(product: Product, rows: int) -> GemmTile:
+    return GemmTile(16 if rows <= 16 else 64, 64, 64, 4, 4)
