@@ -361,11 +361,11 @@ def test_blocks_of_whoever_leaves_during_a_step_are_free_when_it_is_over() -> No
 def test_nobody_gives_way_during_a_step() -> None:
     scheduler = make(num_blocks=4, policy="max_utilization")
     add(scheduler, "a", 7, max_tokens=6)
-    (last,) = add(scheduler, "b", 7, max_tokens=6)
+    (last,) = add(scheduler, "b", 5, max_tokens=6)
     plans = [schedule(scheduler) for _ in range(2)]
     assert names(plans[1]) == [("a", 1), ("b", 1)]
     for plan in plans:
-        # "a" needs a third block, but "b" is being computed: nothing more is scheduled until that is over.
+        # "a" needs a third block, but "b" is being computed: even "b", which has room, waits until that is over.
         assert schedule(scheduler).sequences == []
         assert scheduler.num_preemptions == 0
         end(scheduler, plan)
