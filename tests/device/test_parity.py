@@ -13,8 +13,8 @@ from farrier.targets.convert import convert
 from farrier.targets.detect import detect, select_target
 from farrier.targets.engine import Batch, load_engine
 from tests import reference
-from tests.kernels.test_plan import BLOCKS, batch, prompt
 from tests.models import FAMILIES, VOCAB_SIZE, save_tiny
+from tests.steps import BLOCKS, batch, prompt
 
 TOLERANCE = {"f16": 6e-3, "bf16": 4e-2}
 """Of the largest logit: activations keep eleven or eight bits."""

@@ -1,4 +1,4 @@
-"""Whole launch plans, followed under the interpreter: every family against the numpy decoder, mixed and decode steps."""
+"""Whole launch plans under the interpreter: every family against the numpy decoder, mixed and decode steps."""
 
 from contextlib import closing
 from pathlib import Path
@@ -12,40 +12,17 @@ from farrier.targets.cuda.backend import BLOCK_SIZE
 from farrier.targets.cuda.lower import Settings, lower
 from farrier.targets.cuda.pack import item_values, items
 from farrier.targets.cuda.products import Tactics
-from farrier.targets.engine import Batch, Ceilings, SamplingArrays
+from farrier.targets.engine import Ceilings
 from farrier.targets.tensorfile import TensorFile
 from tests import reference
 from tests.kernels.conftest import ON_DEVICE
 from tests.kernels.plan_runner import PlanRunner
-from tests.models import FAMILIES, VOCAB_SIZE, save_tiny
+from tests.models import FAMILIES, save_tiny
+from tests.steps import BLOCKS, batch, prompt
 
 pytestmark = pytest.mark.skipif(ON_DEVICE, reason="on a GPU the executor itself is tested")
 
 CEILINGS = Ceilings(max_batch_size=12, max_num_tokens=96, max_seq_len=128)
-BLOCKS = ([3, 1, 5], [9, 2, 7])
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, VOCAB_SIZE, length).tolist()
-
-
-def batch(parts: list[tuple[list[int], int, list[int], int]]) -> Batch:
-    """Of (tokens, where they start, blocks, how many of the last rows are sampled) each."""
-    lengths = [len(tokens) for tokens, *_ in parts]
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    used = [blocks[: -(-(start + len(tokens)) // BLOCK_SIZE)] for tokens, start, blocks, _ in parts]
-    sampled = [np.arange(end - part[3], end) for part, end in zip(parts, starts[1:], strict=True)]
-    rows = np.concatenate(sampled).astype(np.int32)
-    return Batch(
-        token_ids=np.concatenate([tokens for tokens, *_ in parts]).astype(np.int32),
-        positions=np.concatenate([np.arange(s, s + len(t)) for t, s, *_ in parts]).astype(np.int32),
-        query_starts=starts,
-        context_lens=np.array([start for _, start, *_ in parts], np.int32),
-        block_ids=np.concatenate(used).astype(np.int32),
-        block_starts=np.concatenate([[0], np.cumsum([len(u) for u in used])]).astype(np.int32),
-        sample_rows=rows,
-        sampling=SamplingArrays.greedy(len(rows)),
-    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
