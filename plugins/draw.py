@@ -86,7 +86,7 @@ def _draw(
         bound = 1
         last = _ANY_ID
         if share < 1:
-            bound, last = _nucleus(x, share * mass, STRIDE, TILE)
+            bound, last = _nucleus(x, mass, share, STRIDE, TILE)
         token = _inverse_cdf(x, bound, last, tl.load(min_p + row), tl.load(draws + row), STRIDE, TILE)
         tl.store(sampled + row, token)
 
@@ -128,9 +128,10 @@ def _narrow(low, high, at_low, above_high, candidate, lanes, target, MASS: tl.co
 
 @triton.jit
 def _threshold(x, low, high, target, at_low, MASS: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr):
-    """The largest key for which those at or above it reach `target`: a number of them, or a mass of weights.
+    """The largest key from `low` to `high` for which those at or above it reach `target`: a number of them, or a mass
+    of weights. `at_low`: no less than what `low` reaches, for masses.
 
-    Returns a threshold that keeps the same tokens, and whether it keeps no more of them than it must.
+    Returns a threshold that keeps the same tokens, and whether it is known to keep no more of them than it must.
     """
     above_high = at_low * 0
     exact = low > high
@@ -236,10 +237,13 @@ def _weigh(x, best, divisor, bound, last, STRIDE: tl.constexpr, TILE: tl.constex
 
 
 @triton.jit
-def _nucleus(x, mass, STRIDE: tl.constexpr, TILE: tl.constexpr):
+def _nucleus(x, total, share, STRIDE: tl.constexpr, TILE: tl.constexpr):
     """Bits of the smallest weight in the nucleus, and the last id that counts among those equal to it."""
-    low = (mass * 0).to(tl.int64) + 1
-    bound, exact = _threshold(x, low, low * _ONE, mass, mass, True, STRIDE, TILE)
+    mass = share * total
+    # All weights below this one together are less than what the nucleus may leave out.
+    negligible = ((total - mass) * (0.5 / STRIDE)).to(tl.float32)
+    low = tl.maximum(negligible.to(tl.int32, bitcast=True), 1).to(tl.int64)
+    bound, exact = _threshold(x, low, low * 0 + _ONE, mass, total, True, STRIDE, TILE)
     last = _ANY_ID
     if not exact:
         above, equal = _ties(x, bound, True, STRIDE, TILE)

@@ -1,6 +1,7 @@
 """The likeliest token of each row: of the model's own logits, or after masks, biases and penalties."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -89,9 +90,10 @@ class Adjust(Variant):
             "counters": "*i32",
             "sampled": "*i32",
         }
-        constants = {"VOCAB": self.vocab_size, "BLOCK": self._block, "PARTS": self.parts, "PDL": self.pdl}
-        constants |= {} if self.masked else {"masks": None}
-        return KernelSource(_adjust, arguments, constants, num_warps=self._block // 256, pdl=self.pdl)
+        constants: dict[str, Any] = {} if self.masked else {"masks": None}
+        constants |= {"VOCAB": self.vocab_size, "BLOCK": self._block, "PARTS": self.parts, "PDL": self.pdl}
+        # Counting takes registers, and half as many a thread with twice the warps.
+        return KernelSource(_adjust, arguments, constants, num_warps=self._block // 128, pdl=self.pdl)
 
     @property
     def extents(self) -> tuple[int | PerRows, ...]:

@@ -87,12 +87,12 @@ def test_greedy(run, vocab_size):
     assert greedy(run, logits).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("vocab_size", [7, 257, 1000])
+@pytest.mark.parametrize("vocab_size", [7, 1057])
 @pytest.mark.parametrize("settings", ALONE.values(), ids=ALONE)
 def test_agrees_with_the_reference(run, settings, vocab_size):
     rng = np.random.default_rng(vocab_size)
-    logits = (2 * rng.standard_normal((12, vocab_size))).astype(np.float32)
-    logits[6:] = np.round(logits[6:])  # ties
+    logits = (2 * rng.standard_normal((6, vocab_size))).astype(np.float32)
+    logits[3:] = np.round(logits[3:])  # ties
     rows = [Row(**settings, seed=int(rng.integers(2**63)), step=step) for step in range(len(logits))]
     given = arrays(rows, vocab_size)
     assert draw(run, logits, given).tolist() == sample(logits, given).token_ids.tolist()
@@ -120,7 +120,7 @@ def random_row(rng, vocab_size):
     )
 
 
-@pytest.mark.parametrize(("vocab_size", "rows"), [(7, 40), (257, 40), (1000, 40), (32003, 8)])
+@pytest.mark.parametrize(("vocab_size", "rows"), [(7, 20), (257, 20), (1000, 20), (32003, 6)])
 def test_everything_together_agrees_with_the_reference(run, vocab_size, rows):
     rng = np.random.default_rng(vocab_size)
     logits = (rng.uniform(0.5, 5, (rows, 1)) * rng.standard_normal((rows, vocab_size))).astype(np.float32)
@@ -178,11 +178,11 @@ def test_extreme_settings_leave_only_the_likeliest_token(run):
     ],
 )
 def test_equal_logits_rank_by_token_id(run, settings, drawn):
-    logits = np.zeros((12, 200), np.float32)
-    given = arrays([Row(**{"temperature": 1.0, "seed": seed, **settings}) for seed in range(12)], 200)
+    logits = np.zeros((6, 200), np.float32)
+    given = arrays([Row(**{"temperature": 1.0, "seed": seed, **settings}) for seed in range(6)], 200)
     sampled = draw(run, logits, given)
     assert sampled.tolist() == sample(logits, given).token_ids.tolist()
-    assert set(sampled.tolist()) <= drawn if drawn else len(set(sampled.tolist())) > 8
+    assert set(sampled.tolist()) <= drawn if drawn else len(set(sampled.tolist())) > 3
 
 
 def test_extreme_logits(run):
@@ -217,7 +217,7 @@ def test_every_token_of_any_vocabulary_can_be_drawn(run, vocab_size):
 @pytest.mark.parametrize(
     ("settings", "count"),
     [
-        ({}, 400),
+        ({}, 200),
         pytest.param({"top_k": 30, "top_p": 0.9}, 20_000, marks=pytest.mark.skipif(not ON_DEVICE, reason="slow")),
     ],
 )
@@ -233,3 +233,14 @@ def test_draws_follow_the_distribution(run, settings, count):
     observed, expected = observed[expected > 0], expected[expected > 0]
     freedom = len(expected) - 1
     assert ((observed - expected) ** 2 / expected).sum() < freedom + 6 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.skipif(not ON_DEVICE, reason="slow")
+@pytest.mark.parametrize("vocab_size", [128256, 151936])
+def test_real_vocabularies(run, vocab_size):
+    rng = np.random.default_rng(vocab_size)
+    logits = (rng.uniform(0.5, 4, (64, 1)) * rng.standard_normal((64, vocab_size))).astype(np.float32)
+    assert greedy(run, logits).tolist() == logits.argmax(axis=1).tolist()
+    given = arrays([random_row(rng, vocab_size) for _ in range(64)], vocab_size)
+    # exp rounds differently here, which hardly ever decides a draw.
+    assert np.count_nonzero(draw(run, logits, given) != sample(logits, given).token_ids) <= 1
