@@ -27,11 +27,17 @@ _UNSEEN: tl.constexpr = tl.constexpr(-1e30)
 
 
 @triton.jit
+def _capped(x, CAP_FACTOR: tl.constexpr):
+    """`tanh(scale·x / cap)`; CAP_FACTOR is `2·log2(e)·scale/cap`."""
+    return 1.0 - 2.0 / (tl.exp2(x * CAP_FACTOR) + 1.0)
+
+
+@triton.jit
 def _scores(q, k, CAP_FACTOR: tl.constexpr):
-    """`q·k`, or with a soft cap `tanh(scale·q·k / cap)`; CAP_FACTOR is `2·log2(e)·scale/cap`."""
+    """`q·k`, or with a soft cap its `_capped` form."""
     x = tl.dot(q, k)
     if CAP_FACTOR is not None:
-        x = 1.0 - 2.0 / (tl.exp2(x * CAP_FACTOR) + 1.0)
+        x = _capped(x, CAP_FACTOR)
     return x
 
 
@@ -159,21 +165,23 @@ def _decode_attention(
     first = split * share + tl.minimum(split, odd)
     count = share + (split < odd).to(tl.int32)
 
-    # Downwards from the split's last tile: the new token, if it is in this split, is in the tile loaded up here.
-    # None of these loads depends on this step.
+    # Downwards, so that only the tile loaded up here may reach beyond the past. None of these loads depends on this
+    # step.
     t = tl.arange(0, BLOCK_T)
     d = tl.arange(0, HEAD_PAD)
     inside = d < HEAD_DIM
     token = base + (first + count - 1) * BLOCK_T + t
     past = (token >= lowest) & (token < context)
-    row = _row(_page(table, token, past), token, kv_head, NUM_KV_HEADS, HEAD_DIM)
-    at = row[:, None] + d[None, :]
-    k = tl.load(k_cache + at, mask=past[:, None] & inside[None, :], other=0.0).to(act)
-    v = tl.load(v_cache + at, mask=past[:, None] & inside[None, :], other=0.0).to(act)
+    page = _page(table, token, past)
+    below = token - BLOCK_T
+    next_page = _page(table, below, below >= lowest)
     newest = tl.load(table + context // 32)
     partner, c, s = rotation(cos, sin, context, d, ROTARY_DIM, VECTOR)
-    below = token - BLOCK_T
-    page = _page(table, below, below >= lowest)
+    # Over an axis of one: a reduction keeps Triton from rotating all of q in every warp, where the product wants it.
+    c = tl.max(c[None, :], 0)
+    at = _row(page, token, kv_head, NUM_KV_HEADS, HEAD_DIM)[:, None] + d[None, :]
+    v = tl.load(v_cache + at, mask=past[:, None] & inside[None, :], other=0.0)
+    k = tl.load(k_cache + at, mask=past[:, None] & inside[None, :], other=0.0)
     if PDL:
         gdc_wait()
 
@@ -187,30 +195,30 @@ def _decode_attention(
     q = rotated(q_at, heads < GROUP, d, partner, c, s, q_norm, HEAD_DIM, EPS).to(act)
     new_k = cached(new_k, pool)
     new_v = cached(new_v.to(tl.float32), pool)
-    new = (token == context)[:, None]
-    k = tl.where(new, new_k.to(act), k)
-    v = tl.where(new, new_v.to(act), v)
 
-    x = _scores(q, tl.trans(k), CAP_FACTOR)
-    x = tl.where(((token >= lowest) & (token <= context))[None, :], x, _UNSEEN)
-    peak = tl.full([ROWS], _UNSEEN, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
-    peak, total, acc = _accumulate(x, v, peak, total, acc, FACTOR)
+    # The last split has the new token, and begins with it.
+    owner = split == active - 1
+    new_x = tl.sum(q.to(tl.float32) * new_k.to(act).to(tl.float32), 1)
+    if CAP_FACTOR is not None:
+        new_x = _capped(new_x, CAP_FACTOR)
+    peak = tl.where(owner, new_x * FACTOR, _UNSEEN)
+    total = tl.where(owner, 1.0, 0.0) + tl.zeros([ROWS], tl.float32)
+    acc = tl.where(owner, new_v.to(act).to(tl.float32), 0.0) + tl.zeros([ROWS, HEAD_PAD], tl.float32)
+    x = tl.where(past[None, :], _scores(q, tl.trans(k.to(act)), CAP_FACTOR), _UNSEEN)
+    peak, total, acc = _accumulate(x, v.to(act), peak, total, acc, FACTOR)
 
     for _ in tl.range(1, count, num_stages=STAGES):
         token = below
-        row = _row(page, token, kv_head, NUM_KV_HEADS, HEAD_DIM)
-        at = row[:, None] + d[None, :]
         seen = token >= lowest
+        at = _row(next_page, token, kv_head, NUM_KV_HEADS, HEAD_DIM)[:, None] + d[None, :]
         k = tl.load(k_cache + at, mask=seen[:, None] & inside[None, :], other=0.0).to(act)
         v = tl.load(v_cache + at, mask=seen[:, None] & inside[None, :], other=0.0).to(act)
         below = token - BLOCK_T
-        page = _page(table, below, below >= lowest)
+        next_page = _page(table, below, below >= lowest)
         x = tl.where(seen[None, :], _scores(q, tl.trans(k), CAP_FACTOR), _UNSEEN)
         peak, total, acc = _accumulate(x, v, peak, total, acc, FACTOR)
 
-    if split == active - 1:
+    if owner:
         new_at = _row(newest, context, kv_head, NUM_KV_HEADS, HEAD_DIM) + d[None, :]
         tl.store(k_cache + new_at, new_k, mask=inside[None, :])
         tl.store(v_cache + new_at, new_v, mask=inside[None, :])
