@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.kernels.interpreter import bfloat16, float8, float32, float8_values
+from tests.kernels.interpreter import bfloat16, float8, float8_values, float32
 
 TYPES: dict[str, Any] = {
     "bf16": (bfloat16, float32),
