@@ -138,6 +138,17 @@ class Gemv:
         )
 
 
+def candidates(rows: int, n: int, k: int, weight: str, gated: bool = False) -> list[GemvTile]:
+    """The tiles worth timing for `[rows, k] · [n or 2·n, k]ᵀ`, at most 20, the default first.
+
+    The default loads two rows of weights ahead in bf16 and four in narrower formats, whose bytes need more arithmetic
+    on x; more rows of x need more rows of weights to share what is loaded of x.
+    """
+    halves = 2 if gated else 1
+    order = sorted(_TILES, key=lambda tile: abs(_rows_ahead(tile) - (4 if rows > 1 or _BITS[weight] < 16 else 2) // halves))
+    return [tile for tile in order if _fits(tile, rows, n, k, weight, halves)][:20]
+
+
 def _power_of_two(count: int) -> int:
     """The least power of two that is not below `count`; 0 for 0."""
     return 1 << (count - 1).bit_length() if count else 0
