@@ -13,6 +13,46 @@ from farrier.plugins.kernel import WARP_SIZE, KernelSource
 MOST_ROWS = 8
 FP8_CAPABILITY = 89
 _BITS = {"bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}
+_MOST_CANDIDATES = 20
+_FEWEST_PROGRAMS = 128
+_MOST_REGISTERS = 210
+"""For weights in flight, sums, x, the norm's weight and converted weights; with what else there is, 255 are too few."""
+
+_TILES = (
+    (2, 1, 4, 2),
+    (4, 1, 4, 2),
+    (4, 1, 4, 1),
+    (2, 1, 8, 2),
+    (8, 1, 2, 1),
+    (4, 1, 4, 4),
+    (2, 1, 2, 2),
+    (8, 4, 2, 2),
+    (16, 4, 1, 2),
+    (8, 2, 4, 1),
+    (2, 1, 8, 1),
+    (2, 1, 4, 1),
+    (8, 4, 1, 4),
+    (16, 4, 2, 2),
+    (8, 2, 2, 1),
+    (4, 1, 2, 2),
+    (8, 1, 4, 1),
+    (1, 1, 4, 4),
+    (1, 1, 8, 2),
+    (4, 2, 2, 2),
+    (8, 4, 2, 1),
+    (16, 8, 1, 2),
+    (4, 1, 4, 1, 8),
+    (4, 1, 4, 2, 8),
+    (16, 8, 1, 4, 8),
+    (2, 1, 4, 2, 8),
+    (4, 2, 1, 1, 8),
+    (4, 2, 1, 1),
+    (2, 1, 2, 1),
+    (2, 1, 1, 1),
+    (1, 1, 4, 1),
+    (1, 1, 1, 1),
+)
+"""Fields of GemvTile, those that did well on an H200 first."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +111,8 @@ class Gemv:
             raise ValueError("A gated epilogue needs an activation; others take none.")
         if self.group_size is not None and (self.group_size % 32 or self.k % self.group_size):
             raise ValueError(f"Groups of {self.group_size} do not divide K = {self.k} in multiples of 32.")
-        if self.weight == "int4" and (self.group_size is None or self.tile.vector != 16):
-            raise ValueError("int4 weights need a group size, and loads of 16 bytes.")
+        if self.weight == "int4" and self.group_size is None:
+            raise ValueError("int4 weights need a group size.")
         if self.group_size is not None and _BITS[self.weight] == 16:
             raise ValueError(f"{self.weight} weights have no scales.")
         if self.zeros and self.group_size is None:
@@ -139,14 +179,37 @@ class Gemv:
 
 
 def candidates(rows: int, n: int, k: int, weight: str, gated: bool = False) -> list[GemvTile]:
-    """The tiles worth timing for `[rows, k] · [n or 2·n, k]ᵀ`, at most 20, the default first.
+    """The tiles worth timing for x `[rows, k]` and weight `[n, k]` (`[2·n, k]` if `gated`), at most 20.
 
-    The default loads two rows of weights ahead in bf16 and four in narrower formats, whose bytes need more arithmetic
-    on x; more rows of x need more rows of weights to share what is loaded of x.
+    The first is the default. It has two weight rows a thread in flight twice for one row of x and 16-bit weights, which
+    did well for every matrix measured; four otherwise, as arithmetic on x is then shared by more weights.
     """
     halves = 2 if gated else 1
-    order = sorted(_TILES, key=lambda tile: abs(_rows_ahead(tile) - (4 if rows > 1 or _BITS[weight] < 16 else 2) // halves))
-    return [tile for tile in order if _fits(tile, rows, n, k, weight, halves)][:20]
+    wanted = 2 if rows == 1 and _BITS[weight] == 16 else 4 // halves
+    tiles = sorted((GemvTile(*tile) for tile in _TILES), key=lambda tile: tile.block_n // tile.warps_n != wanted)
+    fitting = [tile for tile in tiles if _fits(tile, rows, n, k, weight, halves)]
+    return fitting[:_MOST_CANDIDATES] or [GemvTile(1, 1, 1, 1, vector=8)]
+
+
+def _fits(tile: GemvTile, rows: int, n: int, k: int, weight: str, halves: int) -> bool:
+    if tile.vector < 16 and _BITS[weight] == 16:
+        return False
+    values = tile.vector * 8 // _BITS[weight]
+    span = WARP_SIZE * tile.warps_k * values
+    steps, rest = divmod(k, span * tile.unroll)
+    tail = _power_of_two(ceil(rest / span))
+    same_as_less_unrolled = steps == 0 and tail < tile.unroll
+    mostly_masked = (steps * tile.unroll + tail) * span > 1.25 * k
+    too_few_programs = ceil(n / tile.block_n) < min(n // 2, _FEWEST_PROGRAMS)
+    own_rows = halves * tile.block_n // tile.warps_n
+    loads = tile.unroll + (min(tile.unroll, (steps - 1) * tile.unroll + tail) if steps else 0)
+    registers = (
+        loads * own_rows * tile.vector // 4
+        + rows * own_rows
+        + (rows + 1) * tile.unroll * values // (2 if rows > 2 else 1)
+        + own_rows * values // (1 if _BITS[weight] == 16 else 2)
+    )
+    return not (same_as_less_unrolled or mostly_masked or too_few_programs) and registers <= _MOST_REGISTERS
 
 
 def _power_of_two(count: int) -> int:

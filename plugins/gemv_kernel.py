@@ -292,11 +292,7 @@ def _x_tile(
     """x [rows, LOADS, LANES, VALUES] from column `start` on."""
     offsets = start + _offsets(LANES, LOADS, VALUES, gl.SliceLayout(0, gl.SliceLayout(1, X_TILE)))
     pointers = x + ((rows * K)[:, None, None, None] + offsets[None, :, :, :])
-    if MASKED:
-        values = gl.load(pointers, (offsets < K)[None, :, :, :], other=0)
-    else:
-        values = gl.load(pointers)
-    return values
+    return gl.load(pointers, (offsets < K)[None, :, :, :], other=0) if MASKED else gl.load(pointers)
 
 
 @gluon.jit
@@ -314,10 +310,8 @@ def _norm_factors(
     factors = gl.to_tensor(1.0)
     if norm_weight is not None:
         offsets = start + _offsets(LANES, LOADS, VALUES, gl.SliceLayout(0, gl.SliceLayout(1, X_TILE)))
-        if MASKED:
-            factors = gl.load(norm_weight + offsets, offsets < K, other=0)
-        else:
-            factors = gl.load(norm_weight + offsets)
+        pointers = norm_weight + offsets
+        factors = gl.load(pointers, offsets < K, other=0) if MASKED else gl.load(pointers)
     return factors
 
 
@@ -377,7 +371,7 @@ def _packed_products(tile, values, FORMAT: gl.constexpr, TILE: gl.constexpr):
         w0, w1, w2, w3 = gl.inline_asm_elementwise(
             _INT4_PAIRS, "=&r,=&r,=&r,=&r,r", [tile], (gl.int32, gl.int32, gl.int32, gl.int32), True, 1
         )
-        return gl.inline_asm_elementwise(
+        products = gl.inline_asm_elementwise(
             _DOT4,
             "=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
             [
@@ -399,7 +393,7 @@ def _packed_products(tile, values, FORMAT: gl.constexpr, TILE: gl.constexpr):
         w0, w1 = gl.inline_asm_elementwise(
             _FP8_PAIRS if FORMAT == "fp8" else _INT8_PAIRS, "=&r,=&r,r", [tile], (gl.int32, gl.int32), True, 1
         )
-        return gl.inline_asm_elementwise(
+        products = gl.inline_asm_elementwise(
             _DOT8,
             "=f,=f,r,r,r,r,r,r,r,r",
             [w0[None, :, :, :, :], w1[None, :, :, :, :], x0[:, None, :, :, :], x1[:, None, :, :, :]],
@@ -407,6 +401,7 @@ def _packed_products(tile, values, FORMAT: gl.constexpr, TILE: gl.constexpr):
             True,
             2,
         )
+    return products
 
 
 @gluon.jit
