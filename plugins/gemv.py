@@ -16,7 +16,7 @@ _BITS = {"bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}
 _MOST_CANDIDATES = 20
 _FEWEST_PROGRAMS = 128
 _MOST_REGISTERS = 210
-"""For weights in flight, sums, x, the norm's weight and converted weights; with what else there is, 255 are too few."""
+"""Of those that `_registers` counts: with what else there is, more would exceed 255."""
 
 _TILES = (
     (2, 1, 4, 2),
@@ -163,10 +163,19 @@ class Gemv:
             {name: None for name, type_ in types.items() if not type_} | constants,
             num_warps=tile.warps_n * tile.warps_k,
             pdl=self.pdl,
+            max_registers=self._max_registers(halves),
         )
 
     def grid(self) -> tuple[int, ...]:
         return (ceil(self.n / self.tile.block_n),)
+
+    def _max_registers(self, halves: int) -> int:
+        """Enough for a tile, as few as 16 (12, 8) warps a multiprocessor leave each thread. Without a number ptxas aims
+        lower than that, and loads x piece by piece: each waits for the one before."""
+        needed = _registers(self.tile, self.rows, self.k, self.weight, halves) + (32 if self.zeros else 0)
+        if self.rows == 1 and needed <= 170:
+            return 128
+        return 168 if needed <= (200 if self.rows == 1 else 150) else 255
 
     def _layout(self, halves: int, size: int) -> Any:
         """Of [rows of x, rows of weights, loads, lanes, size]."""
@@ -201,15 +210,19 @@ def _fits(tile: GemvTile, rows: int, n: int, k: int, weight: str, halves: int) -
     same_as_less_unrolled = steps == 0 and tail < tile.unroll
     mostly_masked = (steps * tile.unroll + tail) * span > 1.25 * k
     too_few_programs = ceil(n / tile.block_n) < min(n // 2, _FEWEST_PROGRAMS)
+    fits_registers = _registers(tile, rows, k, weight, halves) <= _MOST_REGISTERS
+    return fits_registers and not (same_as_less_unrolled or mostly_masked or too_few_programs)
+
+
+def _registers(tile: GemvTile, rows: int, k: int, weight: str, halves: int) -> int:
+    """About how many registers weights in flight, sums, x, the norm's weight and converted weights take."""
+    values = tile.vector * 8 // _BITS[weight]
     own_rows = halves * tile.block_n // tile.warps_n
-    loads = tile.unroll + (min(tile.unroll, (steps - 1) * tile.unroll + tail) if steps else 0)
-    registers = (
-        loads * own_rows * tile.vector // 4
-        + rows * own_rows
-        + (rows + 1) * tile.unroll * values // (2 if rows > 2 else 1)
-        + own_rows * values // (1 if _BITS[weight] == 16 else 2)
-    )
-    return not (same_as_less_unrolled or mostly_masked or too_few_programs) and registers <= _MOST_REGISTERS
+    whole_k_in_flight = k <= WARP_SIZE * tile.warps_k * values * tile.unroll
+    in_flight = tile.unroll * own_rows * tile.vector // 4 * (1 if whole_k_in_flight else 2)
+    x = (rows + 1) * tile.unroll * values // (2 if rows > 2 else 1)
+    converted = own_rows * values // (1 if _BITS[weight] == 16 else 2)
+    return in_flight + rows * own_rows + x + converted
 
 
 def _power_of_two(count: int) -> int:
