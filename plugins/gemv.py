@@ -13,6 +13,46 @@ from farrier.plugins.kernel import WARP_SIZE, KernelSource
 MOST_ROWS = 8
 FP8_CAPABILITY = 89
 _BITS = {"bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}
+_MOST_CANDIDATES = 20
+_FEWEST_PROGRAMS = 128
+_MOST_REGISTERS = 210
+"""Of those that `_registers` counts: with what else there is, more would exceed 255."""
+
+_TILES = (
+    (2, 1, 4, 2),
+    (4, 1, 4, 2),
+    (4, 1, 4, 1),
+    (2, 1, 8, 2),
+    (8, 1, 2, 1),
+    (4, 1, 4, 4),
+    (2, 1, 2, 2),
+    (8, 4, 2, 2),
+    (16, 4, 1, 2),
+    (8, 2, 4, 1),
+    (2, 1, 8, 1),
+    (2, 1, 4, 1),
+    (8, 4, 1, 4),
+    (16, 4, 2, 2),
+    (8, 2, 2, 1),
+    (4, 1, 2, 2),
+    (8, 1, 4, 1),
+    (1, 1, 4, 4),
+    (1, 1, 8, 2),
+    (4, 2, 2, 2),
+    (8, 4, 2, 1),
+    (16, 8, 1, 2),
+    (4, 1, 4, 1, 8),
+    (4, 1, 4, 2, 8),
+    (16, 8, 1, 4, 8),
+    (2, 1, 4, 2, 8),
+    (4, 2, 1, 1, 8),
+    (4, 2, 1, 1),
+    (2, 1, 2, 1),
+    (2, 1, 1, 1),
+    (1, 1, 4, 1),
+    (1, 1, 1, 1),
+)
+"""Fields of GemvTile, those that did well on an H200 first."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +111,8 @@ class Gemv:
             raise ValueError("A gated epilogue needs an activation; others take none.")
         if self.group_size is not None and (self.group_size % 32 or self.k % self.group_size):
             raise ValueError(f"Groups of {self.group_size} do not divide K = {self.k} in multiples of 32.")
-        if self.weight == "int4" and (self.group_size is None or self.tile.vector != 16):
-            raise ValueError("int4 weights need a group size, and loads of 16 bytes.")
+        if self.weight == "int4" and self.group_size is None:
+            raise ValueError("int4 weights need a group size.")
         if self.group_size is not None and _BITS[self.weight] == 16:
             raise ValueError(f"{self.weight} weights have no scales.")
         if self.zeros and self.group_size is None:
@@ -123,10 +163,19 @@ class Gemv:
             {name: None for name, type_ in types.items() if not type_} | constants,
             num_warps=tile.warps_n * tile.warps_k,
             pdl=self.pdl,
+            max_registers=self._max_registers(halves),
         )
 
     def grid(self) -> tuple[int, ...]:
         return (ceil(self.n / self.tile.block_n),)
+
+    def _max_registers(self, halves: int) -> int:
+        """Enough for a tile, as few as 16 (12, 8) warps a multiprocessor leave each thread. Without a number ptxas aims
+        lower than that, and loads x piece by piece: each waits for the one before."""
+        needed = _registers(self.tile, self.rows, self.k, self.weight, halves) + (32 if self.zeros else 0)
+        if self.rows == 1 and needed <= 170:
+            return 128
+        return 168 if needed <= (200 if self.rows == 1 else 150) else 255
 
     def _layout(self, halves: int, size: int) -> Any:
         """Of [rows of x, rows of weights, loads, lanes, size]."""
@@ -136,6 +185,44 @@ class Gemv:
             [1, self.tile.warps_n, 1, self.tile.warps_k, 1],
             [4, 3, 2, 1, 0],
         )
+
+
+def candidates(rows: int, n: int, k: int, weight: str, gated: bool = False) -> list[GemvTile]:
+    """The tiles worth timing for x `[rows, k]` and weight `[n, k]` (`[2·n, k]` if `gated`), at most 20.
+
+    The first is the default. It has two weight rows a thread in flight twice for one row of x and 16-bit weights, which
+    did well for every matrix measured; four otherwise, as arithmetic on x is then shared by more weights.
+    """
+    halves = 2 if gated else 1
+    wanted = 2 if rows == 1 and _BITS[weight] == 16 else 4 // halves
+    tiles = sorted((GemvTile(*tile) for tile in _TILES), key=lambda tile: tile.block_n // tile.warps_n != wanted)
+    fitting = [tile for tile in tiles if _fits(tile, rows, n, k, weight, halves)]
+    return fitting[:_MOST_CANDIDATES] or [GemvTile(1, 1, 1, 1, vector=8)]
+
+
+def _fits(tile: GemvTile, rows: int, n: int, k: int, weight: str, halves: int) -> bool:
+    if tile.vector < 16 and _BITS[weight] == 16:
+        return False
+    values = tile.vector * 8 // _BITS[weight]
+    span = WARP_SIZE * tile.warps_k * values
+    steps, rest = divmod(k, span * tile.unroll)
+    tail = _power_of_two(ceil(rest / span))
+    same_as_less_unrolled = steps == 0 and tail < tile.unroll
+    mostly_masked = (steps * tile.unroll + tail) * span > 1.25 * k
+    too_few_programs = ceil(n / tile.block_n) < min(n // 2, _FEWEST_PROGRAMS)
+    fits_registers = _registers(tile, rows, k, weight, halves) <= _MOST_REGISTERS
+    return fits_registers and not (same_as_less_unrolled or mostly_masked or too_few_programs)
+
+
+def _registers(tile: GemvTile, rows: int, k: int, weight: str, halves: int) -> int:
+    """About how many registers weights in flight, sums, x, the norm's weight and converted weights take."""
+    values = tile.vector * 8 // _BITS[weight]
+    own_rows = halves * tile.block_n // tile.warps_n
+    whole_k_in_flight = k <= WARP_SIZE * tile.warps_k * values * tile.unroll
+    in_flight = tile.unroll * own_rows * tile.vector // 4 * (1 if whole_k_in_flight else 2)
+    x = (rows + 1) * tile.unroll * values // (2 if rows > 2 else 1)
+    converted = own_rows * values // (1 if _BITS[weight] == 16 else 2)
+    return in_flight + rows * own_rows + x + converted
 
 
 def _power_of_two(count: int) -> int:

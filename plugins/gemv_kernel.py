@@ -137,6 +137,7 @@ def gemv(
     tile, scales, zeros = _weights(
         weight, scale, zero, w_rows, 0, K, GROUP, LANES, HEAD, UNITS, VALUES, TILE, RAGGED and STEPS == 0
     )
+    factors = _norm_factors(norm_weight, 0, K, LANES, HEAD, VALUES, X_TILE, RAGGED and STEPS == 0)
     columns = first + gl.arange(0, BLOCK_N, gl.SliceLayout(0, RESULT))
     inside = columns < N
     columns = gl.minimum(columns, N - 1)
@@ -166,29 +167,31 @@ def gemv(
             ahead, ahead_scales, ahead_zeros = _weights(
                 weight, scale, zero, w_rows, step * SPAN, K, GROUP, LANES, UNROLL, UNITS, VALUES, TILE, False
             )
-            values, squares = _values(
-                x, norm_weight, x_rows, (step - 1) * SPAN, squares, K, NORM_EPS, LANES, UNROLL, VALUES, X_TILE, False
-            )
+            _issue()
+            x_tile = _x_tile(x, x_rows, (step - 1) * SPAN, K, LANES, UNROLL, VALUES, X_TILE, False)
+            values, squares = _normed(x_tile, factors, squares, NORM_EPS)
             sums += _products(tile, scales, zeros, values, FORMAT, GROUP is not None, zero is not None, TILE, X_TILE)
             tile, scales, zeros = ahead, ahead_scales, ahead_zeros
+            factors = _norm_factors(norm_weight, step * SPAN, K, LANES, UNROLL, VALUES, X_TILE, False)
     if STEPS > 0 and TAIL > 0:
         END: gl.constexpr = STEPS * SPAN
         last, last_scales, last_zeros = _weights(
             weight, scale, zero, w_rows, END, K, GROUP, LANES, TAIL, UNITS, VALUES, TILE, RAGGED
         )
-        values, squares = _values(
-            x, norm_weight, x_rows, END - SPAN, squares, K, NORM_EPS, LANES, UNROLL, VALUES, X_TILE, False
-        )
+        _issue()
+        x_tile = _x_tile(x, x_rows, END - SPAN, K, LANES, UNROLL, VALUES, X_TILE, False)
+        values, squares = _normed(x_tile, factors, squares, NORM_EPS)
         sums += _products(tile, scales, zeros, values, FORMAT, GROUP is not None, zero is not None, TILE, X_TILE)
-        values, squares = _values(
-            x, norm_weight, x_rows, END, squares, K, NORM_EPS, LANES, TAIL, VALUES, X_TILE, RAGGED
+        factors = _norm_factors(norm_weight, END, K, LANES, TAIL, VALUES, X_TILE, RAGGED)
+        x_tile = _x_tile(x, x_rows, END, K, LANES, TAIL, VALUES, X_TILE, RAGGED)
+        values, squares = _normed(x_tile, factors, squares, NORM_EPS)
+        sums += _products(
+            last, last_scales, last_zeros, values, FORMAT, GROUP is not None, zero is not None, TILE, X_TILE
         )
-        sums += _products(last, last_scales, last_zeros, values, FORMAT, GROUP is not None, zero is not None, TILE, X_TILE)
     else:
         START: gl.constexpr = (STEPS - 1) * SPAN if STEPS > 0 else 0
-        values, squares = _values(
-            x, norm_weight, x_rows, START, squares, K, NORM_EPS, LANES, HEAD, VALUES, X_TILE, RAGGED
-        )
+        x_tile = _x_tile(x, x_rows, START, K, LANES, HEAD, VALUES, X_TILE, RAGGED)
+        values, squares = _normed(x_tile, factors, squares, NORM_EPS)
         sums += _products(tile, scales, zeros, values, FORMAT, GROUP is not None, zero is not None, TILE, X_TILE)
 
     y = gl.sum(sums, 2)
@@ -211,6 +214,13 @@ def gemv(
     if EPILOGUE == "add":
         y += residual
     gl.store(out, y.to(out.dtype.element_ty), inside[None, :])
+
+
+@gluon.jit
+def _issue():
+    """Keeps loads written above it ahead of those below and of what needs these: to save registers, ptxas would move
+    loads down to their use. No thread waits."""
+    gl.inline_asm_elementwise("bar.warp.sync 0xffffffff; // $0", "=r", [], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -268,35 +278,49 @@ def _weights(
 
 
 @gluon.jit
-def _values(
+def _x_tile(
     x,
-    norm_weight,
     rows,
     start,
-    squares,
     K: gl.constexpr,
-    NORM_EPS: gl.constexpr,
     LANES: gl.constexpr,
     LOADS: gl.constexpr,
     VALUES: gl.constexpr,
     X_TILE: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """x [rows, LOADS, LANES, VALUES] from column `start` on, times the norm's weight; its squares added to `squares`."""
-    SLICE: gl.constexpr = gl.SliceLayout(1, X_TILE)
-    offsets = _offsets(LANES, LOADS, VALUES, gl.SliceLayout(0, SLICE)) + start
+    """x [rows, LOADS, LANES, VALUES] from column `start` on."""
+    offsets = start + _offsets(LANES, LOADS, VALUES, gl.SliceLayout(0, gl.SliceLayout(1, X_TILE)))
     pointers = x + ((rows * K)[:, None, None, None] + offsets[None, :, :, :])
-    if MASKED:
-        values = gl.load(pointers, (offsets < K)[None, :, :, :], other=0)
-    else:
-        values = gl.load(pointers)
+    return gl.load(pointers, (offsets < K)[None, :, :, :], other=0) if MASKED else gl.load(pointers)
+
+
+@gluon.jit
+def _norm_factors(
+    norm_weight,
+    start,
+    K: gl.constexpr,
+    LANES: gl.constexpr,
+    LOADS: gl.constexpr,
+    VALUES: gl.constexpr,
+    X_TILE: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """The norm's weight [LOADS, LANES, VALUES] from column `start` on; 1 without a norm."""
+    factors = gl.to_tensor(1.0)
+    if norm_weight is not None:
+        offsets = start + _offsets(LANES, LOADS, VALUES, gl.SliceLayout(0, gl.SliceLayout(1, X_TILE)))
+        pointers = norm_weight + offsets
+        factors = gl.load(pointers, offsets < K, other=0) if MASKED else gl.load(pointers)
+    return factors
+
+
+@gluon.jit
+def _normed(values, factors, squares, NORM_EPS: gl.constexpr):
+    """x times the norm's weight, in fp32; its squares added to `squares`."""
     values = values.to(gl.float32)
     if NORM_EPS is not None:
         squares += gl.sum(gl.sum(values * values, 3), 1)
-        if MASKED:
-            factors = gl.load(norm_weight + offsets, offsets < K, other=0)
-        else:
-            factors = gl.load(norm_weight + offsets)
         values *= factors[None, :, :, :]
     return values, squares
 
@@ -347,7 +371,7 @@ def _packed_products(tile, values, FORMAT: gl.constexpr, TILE: gl.constexpr):
         w0, w1, w2, w3 = gl.inline_asm_elementwise(
             _INT4_PAIRS, "=&r,=&r,=&r,=&r,r", [tile], (gl.int32, gl.int32, gl.int32, gl.int32), True, 1
         )
-        return gl.inline_asm_elementwise(
+        products = gl.inline_asm_elementwise(
             _DOT4,
             "=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
             [
@@ -369,7 +393,7 @@ def _packed_products(tile, values, FORMAT: gl.constexpr, TILE: gl.constexpr):
         w0, w1 = gl.inline_asm_elementwise(
             _FP8_PAIRS if FORMAT == "fp8" else _INT8_PAIRS, "=&r,=&r,r", [tile], (gl.int32, gl.int32), True, 1
         )
-        return gl.inline_asm_elementwise(
+        products = gl.inline_asm_elementwise(
             _DOT8,
             "=f,=f,r,r,r,r,r,r,r,r",
             [w0[None, :, :, :, :], w1[None, :, :, :, :], x0[:, None, :, :, :], x1[:, None, :, :, :]],
@@ -377,6 +401,7 @@ def _packed_products(tile, values, FORMAT: gl.constexpr, TILE: gl.constexpr):
             True,
             2,
         )
+    return products
 
 
 @gluon.jit

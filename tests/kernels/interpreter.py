@@ -171,6 +171,8 @@ class _GluonLanguage:
     def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any) -> Any:
         from tests.kernels.ptx import inline_asm
 
+        if not args:
+            return None  # only orders what is around it
         types_ = dtype if isinstance(dtype, tuple | tl.tuple) else (dtype,)
         results = inline_asm(_plain(asm), len(types_), [argument.handle.data for argument in args], _plain(pack))
         tensors = [
