@@ -121,10 +121,10 @@ def product(
     X_TMA: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """W[first + rows] · x[x_first + x_rows]^T and, where UP > 0, the same with W[first + UP + rows]: float32
+    """W[first + rows] · x[x_rows]^T and, where UP > 0, the same with W[first + UP + rows]: float32
     [BLOCK_N, BLOCK_M] each. K is walked in order, so that a row's sum depends on nothing but that row and the tile.
 
-    With TMA `rows` and `x_rows` are not looked at: the descriptors' blocks start at `first` and `x_first`.
+    With TMA `rows`, and with X_TMA `x_rows`, are not looked at: the descriptors' blocks start at `first` and `x_first`.
     """
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -133,14 +133,16 @@ def product(
             tokens = x.load([x_first, k])
         else:
             column = k + tl.arange(0, BLOCK_K)[None, :]
-            place = x + x_first.to(tl.int64) * K + (x_rows[:, None] * K + column)
+            place = x + x_rows.to(tl.int64)[:, None] * K + column
             tokens = tl.load(place) if K % BLOCK_K == 0 else tl.load(place, mask=column < K, other=0.0)
         tokens = tl.trans(tokens)
+        if WEIGHT == "fp32":
+            tokens = tokens.to(tl.float32)
         tile = weight_tile(weight, scale, zero, first, rows, k, TYPE, WEIGHT, GROUP, K, BLOCK_N, BLOCK_K, TMA)
-        sums = tl.dot(tile, tokens, sums)
+        sums = tl.dot(tile, tokens, sums, input_precision="ieee")
         if UP > 0:
             tile = weight_tile(weight, scale, zero, first + UP, rows, k, TYPE, WEIGHT, GROUP, K, BLOCK_N, BLOCK_K, TMA)
-            up = tl.dot(tile, tokens, up)
+            up = tl.dot(tile, tokens, up, input_precision="ieee")
     return sums, up
 
 

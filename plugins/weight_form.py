@@ -5,9 +5,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-WeightFormat = Literal["bf16", "fp16", "fp8", "int8", "int4"]
-_ELEMENTS = {"bf16": "bf16", "fp16": "fp16", "fp8": "fp8e4nv", "int8": "i8", "int4": "u8"}
-_BITS = {"bf16": 16, "fp16": 16, "fp8": 8, "fp8e4nv": 8, "int8": 8, "int4": 4}
+FP8_CAPABILITY = 89
+"""fp8 exists from this compute capability on."""
+
+WeightFormat = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
+_ELEMENTS = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": "fp8e4nv", "int8": "i8", "int4": "u8"}
+_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "fp8e4nv": 8, "int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,10 @@ class GemmTile:
 class WeightForm:
     """How W [n, k] lies in memory and how x is given.
 
-    bf16, fp16: as x_type. fp8: e4m3 [n, k], scale fp32 [n]. int8: i8 [n, k], scale fp32 [n] or, with a group_size,
-    scale_type [n, k / group_size]. int4: u8 [n, k / 2], two values of -8..7 a byte, the lower k in the low half, with
-    groups. `zeros`: zero i8 [n, k / group_size] is taken off before the scale is applied.
+    bf16, fp16: as x_type. fp32: what a router may have; x is brought to fp32. fp8: e4m3 [n, k], scale fp32 [n].
+    int8: i8 [n, k], scale fp32 [n] or, with a group_size, scale_type [n, k / group_size]. int4: u8 [n, k / 2], two
+    values of -8..7 a byte, the lower k in the low half, with groups. `zeros`: zero i8 [n, k / group_size] is taken off
+    before the scale is applied.
     x_type fp8e4nv: x has an fp32 scale per row, and so must W.
     """
 
@@ -66,6 +70,11 @@ class WeightForm:
         return self.format in ("fp8", "int8") and not self.group_size
 
     @property
+    def dot_type(self) -> str:
+        """In what x and W are multiplied."""
+        return "fp32" if self.format == "fp32" else self.x_type
+
+    @property
     def element(self) -> str:
         """Triton's name for what W is stored as."""
         return _ELEMENTS[self.format]
@@ -77,7 +86,7 @@ class WeightForm:
         if self.x_type == "fp8e4nv":
             types["x_scale"] = "*fp32"
         types["weight"] = f"tensordesc<{self.element}[{tile.block_n},{columns}]>" if tma else f"*{self.element}"
-        if self.format not in ("bf16", "fp16"):
+        if self.format not in ("fp32", "bf16", "fp16"):
             types["scale"] = f"*{self.scale_type}" if self.group_size else "*fp32"
         if self.zeros:
             types["zero"] = "*i8"

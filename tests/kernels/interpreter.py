@@ -13,12 +13,14 @@ import numpy as np
 import triton.language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle, interpreter_builder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from farrier.plugins.kernel import KernelSource
 
 _TYPE_NAMES = {
+    "fp64": "float64",
     "fp32": "float32",
     "fp16": "float16",
     "bf16": "bfloat16",
@@ -161,14 +163,40 @@ class _GluonLanguage:
     def num_warps() -> int:
         return 1
 
+    @staticmethod
+    def to_tensor(value: Any) -> Any:
+        return value
+
+    @staticmethod
+    def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any) -> Any:
+        from tests.kernels.ptx import inline_asm
+
+        types_ = dtype if isinstance(dtype, tuple | tl.tuple) else (dtype,)
+        results = inline_asm(_plain(asm), len(types_), [argument.handle.data for argument in args], _plain(pack))
+        tensors = [
+            tl.tensor(TensorHandle(bits.view(_NUMPY[type_]), type_), tl.block_type(type_, list(bits.shape)))
+            for bits, type_ in zip(results, types_, strict=True)
+        ]
+        return tl.tuple(tensors) if types_ is dtype else tensors[0]
+
 
 _GLUON = _GluonLanguage()
+_NUMPY = {tl.int32: np.int32, tl.uint32: np.uint32, tl.float32: np.float32}
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, tl.constexpr) else value
 
 
 @contextmanager
 def _patched() -> Iterator[None]:
     """The interpreter multiplies bf16 and fp8 matrices by their bits, and truncates where the GPU rounds."""
-    original = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    original = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)  # numpy 2.4 makes no int of an array of one number
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         product = np.matmul(_float32(a), _float32(b), dtype=np.float32) + d.data
@@ -182,12 +210,24 @@ def _patched() -> Iterator[None]:
             return TensorHandle(rounded.astype(np.uint16), target)
         return original[1](self, src, dst_type)
 
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.float8e4nv:
+            return TensorHandle(float8(src.data), tl.float8e4nv)
+        return original[2](self, src, dst_type, rounding_mode)
+
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+    interpreter._patch_lang_tensor = patch_lang_tensor
     try:
         yield
     finally:
-        InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = original
+        interpreter._patch_lang_tensor = patch_tensor
+        (
+            InterpreterBuilder.create_dot,
+            InterpreterBuilder.cast_impl,
+            InterpreterBuilder.create_fp_to_fp,
+        ) = original
 
 
 def _float32(handle: Any) -> Any:
@@ -206,3 +246,24 @@ def bfloat16(values: Any) -> Any:
 def float32(bits: Any) -> Any:
     """bf16 bits as float32 values."""
     return (np.asarray(bits, np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def float8(values: Any) -> Any:
+    """float32 values as e4m3 bits, rounded to nearest even, saturating; NaN stays NaN."""
+    values = np.asarray(values, np.float32)
+    finite = float8_values(np.arange(127, dtype=np.uint8))
+    magnitude = np.abs(values)
+    above = np.clip(np.searchsorted(finite, magnitude), 1, 126)
+    to_next, to_last = finite[above] - magnitude, magnitude - finite[above - 1]
+    bits = np.where((to_last < to_next) | ((to_last == to_next) & (above % 2 == 1)), above - 1, above)
+    bits = np.where(np.isnan(values), 127, bits)
+    return (bits | np.where(np.signbit(values), 128, 0)).astype(np.uint8)
+
+
+def float8_values(bits: Any) -> Any:
+    """e4m3 bits as float32 values."""
+    bits = np.asarray(bits, np.uint8).astype(np.int32)
+    exponent, mantissa = (bits >> 3) & 15, bits & 7
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    magnitude = np.where((bits & 127) == 127, np.nan, magnitude)
+    return np.where(bits & 128, -magnitude, magnitude).astype(np.float32)

@@ -40,7 +40,7 @@ def random_activations(rng: Any, form: WeightForm, m: int, k: int) -> tuple[list
 def random_weights(rng: Any, form: WeightForm, n: int, k: int) -> tuple[list[Any], Any]:
     """weight, scale and zero as arguments as far as the form has them, and what they stand for [n, k]."""
     w = rng.standard_normal((n, k)).astype(np.float32) / np.sqrt(k)
-    if form.format in ("bf16", "fp16"):
+    if form.format in ("fp32", "bf16", "fp16"):
         weight = bits_of(w, form.format)
         return [weight], values_of(weight, form.format)
     scale, zero = rng.uniform(0.5, 1.5, (n, k // (form.group_size or k))).astype(np.float32), None
