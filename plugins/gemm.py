@@ -158,5 +158,6 @@ def gemm(variant: Gemm, x: Any, weight: Any, bias: Any = None) -> Any:
     if bias is not None:
         y = y + bias
     if variant.activation is not None:
-        return gated(*np.split(y, 2, 1), variant.activation)
+        gate, up = np.split(y, 2, 1)
+        return gated(gate, up, variant.activation)
     return variant.softcap * np.tanh(y / variant.softcap) if variant.softcap else y

@@ -172,7 +172,8 @@ def grouped_gemm(variant: GroupedGemm, x: Any, weight: Any, ids: Any, routing: A
             row = x[pair // variant.top_k if variant.activation else pair]
             product_ = weight[expert] @ row + (0 if bias is None else bias[expert])
             if variant.activation:
-                y[pair] = gated(*np.split(product_, 2), variant.activation)
+                gate, up = np.split(product_, 2)
+                y[pair] = gated(gate, up, variant.activation)
             else:
                 y[pair] = product_ * routing[pair]
     return y
