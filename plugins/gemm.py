@@ -11,8 +11,6 @@ from farrier.plugins.kernel import KernelSource
 from farrier.plugins.product import activated, after_earlier_kernels, product, scaled
 from farrier.plugins.weight_form import GemmTile, WeightForm
 
-TMA_CAPABILITY = 90
-
 
 @triton.jit
 def gemm_kernel(
@@ -55,13 +53,13 @@ def gemm_kernel(
     x_rows = tl.arange(0, BLOCK_M)
     # What lies past the end is computed from the last row again, and not stored.
     inside = tl.minimum(rows, N - 1 - n)
-    x_inside = tl.minimum(x_rows, M - 1 - m)
+    x_inside = m + tl.minimum(x_rows, M - 1 - m)
     sums, up = product(
         x, m, x_inside, weight, scale, zero, n, inside, UP, TYPE, WEIGHT, GROUP, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA, TMA
     )
     x_scales = None
     if x_scale is not None:
-        x_scales = tl.load(x_scale + m + x_inside)
+        x_scales = tl.load(x_scale + x_inside)
     y = scaled(sums, x_scales, scale, bias, n, inside, ROW_SCALE)
     if UP > 0:
         y = activated(y, ACTIVATION) * scaled(up, x_scales, scale, bias, n + UP, inside, ROW_SCALE)
@@ -124,7 +122,7 @@ class Gemm:
             | {
                 "N": self.n,
                 "K": self.k,
-                "TYPE": tl.str_to_ty(self.form.x_type, None),
+                "TYPE": tl.str_to_ty(self.form.dot_type, None),
                 "WEIGHT": self.form.format,
                 "GROUP": self.form.group_size,
                 "ROW_SCALE": self.form.row_scale,
@@ -160,5 +158,6 @@ def gemm(variant: Gemm, x: Any, weight: Any, bias: Any = None) -> Any:
     if bias is not None:
         y = y + bias
     if variant.activation is not None:
-        return gated(*np.split(y, 2, 1), variant.activation)
+        gate, up = np.split(y, 2, 1)
+        return gated(gate, up, variant.activation)
     return variant.softcap * np.tanh(y / variant.softcap) if variant.softcap else y

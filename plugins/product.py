@@ -10,9 +10,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # An integer under the mantissa of 2^23: float32 without a conversion instruction, which runs at a quarter of the rate.
 _BIASED_8 = tl.constexpr(0x4B000080)
-_BIASED_LOW_4 = tl.constexpr(0x4B000008)
 _BIAS_8 = tl.constexpr(8388608.0 + 128)
-_BIAS_LOW_4 = tl.constexpr(8388608.0 + 8)
+_BIASED_4 = tl.constexpr(0x4B000000)
+_BIAS_4 = tl.constexpr(8388608.0 + 8)
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def weight_tile(
     TMA: tl.constexpr,
 ):
     """W[first + rows, k : k + BLOCK_K] as TYPE, [BLOCK_N, BLOCK_K]; past K it is zero. A scale per row is left out."""
-    PACKED: tl.constexpr = 2 if WEIGHT == "int4" else 1
+    PACKED: tl.constexpr = 8 if WEIGHT == "int4" else 1
     WIDTH: tl.constexpr = BLOCK_K // PACKED
     PITCH: tl.constexpr = K // PACKED
     if TMA:
@@ -69,35 +69,25 @@ def weight_tile(
         column = k // PACKED + tl.arange(0, WIDTH)[None, :]
         place = weight + first.to(tl.int64) * PITCH + (rows[:, None] * PITCH + column)
         raw = tl.load(place) if K % BLOCK_K == 0 else tl.load(place, mask=column < PITCH, other=0.0)
-    if WEIGHT == "int8" or WEIGHT == "int4":
-        if GROUP > 0:
-            GROUPS: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 1
-            group = k // GROUP + tl.arange(0, GROUPS)[None, :]
-            place = first.to(tl.int64) * (K // GROUP) + (rows[:, None] * (K // GROUP) + group)
-            inside = group < K // GROUP
-            scales = tl.load(scale + place, mask=inside, other=0.0).to(tl.float32)
-            if zero is not None:
-                zeros = tl.load(zero + place, mask=inside, other=0).to(tl.float32)
-        if WEIGHT == "int8":
-            value = (raw.to(tl.uint8, bitcast=True).to(tl.uint32) ^ _BIASED_8).to(tl.float32, bitcast=True) - _BIAS_8
-            if zero is not None:
-                value = _grouped(value, zeros, GROUPS, True)
-            if GROUP > 0:
-                value = _grouped(value, scales, GROUPS, False)
-            tile = value.to(TYPE)
-        else:
-            bits = raw.to(tl.uint32)
-            low = ((bits & 0x0F) ^ _BIASED_LOW_4).to(tl.float32, bitcast=True) - _BIAS_LOW_4
-            high = ((bits & 0xF0) ^ _BIASED_8).to(tl.float32, bitcast=True) - _BIAS_8  # 16 times what it stands for
-            if zero is not None:
-                low = _grouped(low, zeros, GROUPS, True)
-                high = _grouped(high, zeros * 16.0, GROUPS, True)
-            low = _grouped(low, scales, GROUPS, False).to(TYPE)
-            high = _grouped(high, scales * 0.0625, GROUPS, False).to(TYPE)
-            tile = tl.reshape(tl.join(low, high), (BLOCK_N, BLOCK_K))
+    if WEIGHT == "int8":
+        value = (raw.to(tl.uint8, bitcast=True).to(tl.uint32) ^ _BIASED_8).to(tl.float32, bitcast=True) - _BIAS_8
+    elif WEIGHT == "int4":
+        each = tl.arange(0, 8)[None, None, :]
+        bits = raw.to(tl.uint32, bitcast=True)[:, :, None] >> (each // 2 * 4 + each % 2 * 16).to(tl.uint32)
+        value = ((bits & 15) ^ _BIASED_4).to(tl.float32, bitcast=True) - _BIAS_4
+        value = tl.reshape(value, (BLOCK_N, BLOCK_K))
     else:
-        tile = raw.to(TYPE)
-    return tile
+        value = raw
+    if GROUP > 0:
+        GROUPS: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 1
+        group = k // GROUP + tl.arange(0, GROUPS)[None, :]
+        place = first.to(tl.int64) * (K // GROUP) + (rows[:, None] * (K // GROUP) + group)
+        inside = group < K // GROUP
+        if zero is not None:
+            value = _grouped(value, tl.load(zero + place, mask=inside, other=0).to(tl.float32), GROUPS, True)
+        scales = tl.load(scale + place, mask=inside, other=0.0).to(tl.float32)
+        value = _grouped(value.to(tl.float32), scales, GROUPS, False)
+    return value.to(TYPE)
 
 
 @triton.jit
@@ -121,10 +111,10 @@ def product(
     X_TMA: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """W[first + rows] · x[x_first + x_rows]^T and, where UP > 0, the same with W[first + UP + rows]: float32
+    """W[first + rows] · x[x_rows]^T and, where UP > 0, the same with W[first + UP + rows]: float32
     [BLOCK_N, BLOCK_M] each. K is walked in order, so that a row's sum depends on nothing but that row and the tile.
 
-    With TMA `rows` and `x_rows` are not looked at: the descriptors' blocks start at `first` and `x_first`.
+    With TMA `rows`, and with X_TMA `x_rows`, are not looked at: the descriptors' blocks start at `first` and `x_first`.
     """
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -133,14 +123,16 @@ def product(
             tokens = x.load([x_first, k])
         else:
             column = k + tl.arange(0, BLOCK_K)[None, :]
-            place = x + x_first.to(tl.int64) * K + (x_rows[:, None] * K + column)
+            place = x + x_rows.to(tl.int64)[:, None] * K + column
             tokens = tl.load(place) if K % BLOCK_K == 0 else tl.load(place, mask=column < K, other=0.0)
         tokens = tl.trans(tokens)
+        if WEIGHT == "fp32":
+            tokens = tokens.to(tl.float32)
         tile = weight_tile(weight, scale, zero, first, rows, k, TYPE, WEIGHT, GROUP, K, BLOCK_N, BLOCK_K, TMA)
-        sums = tl.dot(tile, tokens, sums)
+        sums = tl.dot(tile, tokens, sums, input_precision="ieee")
         if UP > 0:
             tile = weight_tile(weight, scale, zero, first + UP, rows, k, TYPE, WEIGHT, GROUP, K, BLOCK_N, BLOCK_K, TMA)
-            up = tl.dot(tile, tokens, up)
+            up = tl.dot(tile, tokens, up, input_precision="ieee")
     return sums, up
 
 

@@ -5,9 +5,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-WeightFormat = Literal["bf16", "fp16", "fp8", "int8", "int4"]
-_ELEMENTS = {"bf16": "bf16", "fp16": "fp16", "fp8": "fp8e4nv", "int8": "i8", "int4": "u8"}
-_BITS = {"bf16": 16, "fp16": 16, "fp8": 8, "fp8e4nv": 8, "int8": 8, "int4": 4}
+FP8_CAPABILITY = 89
+"""fp8 exists from this compute capability on."""
+
+WeightFormat = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
+_ELEMENTS = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": "fp8e4nv", "int8": "i8", "int4": "i32"}
+_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "fp8e4nv": 8, "int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,11 @@ class GemmTile:
 class WeightForm:
     """How W [n, k] lies in memory and how x is given.
 
-    bf16, fp16: as x_type. fp8: e4m3 [n, k], scale fp32 [n]. int8: i8 [n, k], scale fp32 [n] or, with a group_size,
-    scale_type [n, k / group_size]. int4: u8 [n, k / 2], two values of -8..7 a byte, the lower k in the low half, with
-    groups. `zeros`: zero i8 [n, k / group_size] is taken off before the scale is applied.
+    bf16, fp16: as x_type. fp32: what a router may have; x is brought to fp32. fp8: e4m3 [n, k]. int8: i8 [n, k]. int4:
+    i32 [n, k / 8], as `gemv.pack_int4` makes them: each of eight weights is 8 more than it stands for, and those of odd
+    index are in the upper half. fp8 and int8 have a scale fp32 [n] or, with a group_size, scale_type
+    [n, k / group_size]; int4 always has groups. `zeros`: zero i8 [n, k / group_size] is taken off before the scale is
+    applied.
     x_type fp8e4nv: x has an fp32 scale per row, and so must W.
     """
 
@@ -46,10 +51,12 @@ class WeightForm:
             raise ValueError(f"{self.format} weights need {self.format} activations, not {self.x_type}.")
         if self.group_size and (self.group_size < 32 or self.group_size & (self.group_size - 1)):
             raise ValueError(f"Group size {self.group_size} is not a power of two of at least 32.")
-        if bool(self.group_size) != (self.format == "int4") and self.format != "int8":
-            raise ValueError(f"{self.format} weights {'have no' if self.group_size else 'need'} groups.")
-        if self.zeros and not self.group_size:
-            raise ValueError("Zero points need groups.")
+        if self.format == "int4" and not self.group_size:
+            raise ValueError("int4 weights need groups.")
+        if self.group_size and (self.format in ("fp32", "bf16", "fp16") or self.x_type == "fp8e4nv"):
+            raise ValueError(f"{self.format} weights have no groups beside {self.x_type} activations.")
+        if self.zeros and (not self.group_size or self.format == "fp8"):
+            raise ValueError("Zero points need integers in groups.")
 
     def check(self, k: int, tile: GemmTile, tma: bool) -> None:
         """Raises ValueError where k does not suit this form."""
@@ -66,18 +73,23 @@ class WeightForm:
         return self.format in ("fp8", "int8") and not self.group_size
 
     @property
+    def dot_type(self) -> str:
+        """In what x and W are multiplied."""
+        return "fp32" if self.format == "fp32" else self.x_type
+
+    @property
     def element(self) -> str:
         """Triton's name for what W is stored as."""
         return _ELEMENTS[self.format]
 
     def argument_types(self, tile: GemmTile, x_tma: bool, tma: bool, bias: bool) -> dict[str, str]:
         """Types of x, x_scale, weight, scale, zero and bias, as far as they are there."""
-        columns = tile.block_k // 2 if self.format == "int4" else tile.block_k
+        columns = tile.block_k // 8 if self.format == "int4" else tile.block_k
         types = {"x": f"tensordesc<{self.x_type}[{tile.block_m},{tile.block_k}]>" if x_tma else f"*{self.x_type}"}
         if self.x_type == "fp8e4nv":
             types["x_scale"] = "*fp32"
         types["weight"] = f"tensordesc<{self.element}[{tile.block_n},{columns}]>" if tma else f"*{self.element}"
-        if self.format not in ("bf16", "fp16"):
+        if self.format not in ("fp32", "bf16", "fp16"):
             types["scale"] = f"*{self.scale_type}" if self.group_size else "*fp32"
         if self.zeros:
             types["zero"] = "*i8"
@@ -100,7 +112,8 @@ def unpacked(form: WeightForm, weight: Any, scale: Any, zero: Any) -> Any:
         value = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10))
         value = np.where(weight & 128, -value, value)
     elif form.format == "int4":
-        value = np.stack([(weight & 15) ^ 8, (weight >> 4) ^ 8], -1).reshape(len(weight), -1).astype(np.float32) - 8
+        shifts = np.array([0, 16, 4, 20, 8, 24, 12, 28], np.uint32)
+        value = (weight.view(np.uint32)[..., None] >> shifts & 15).reshape(len(weight), -1).astype(np.float32) - 8
     else:
         value = weight.astype(np.float32)
     if zero is not None:
