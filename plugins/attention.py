@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from farrier.plugins.attention_kernel import decode_attention, prefill_attention
-from farrier.plugins.kernel import KernelSource
+from farrier.plugins.kernel import KernelSource, PerRows, Variant
 from farrier.plugins.rope import BLOCK_SIZE, padded, rotation_vector
 
 _LOG2E = math.log2(math.e)
@@ -63,7 +63,7 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
-class DecodeAttention:
+class DecodeAttention(Variant):
     """One query token a sequence: rotates it, appends its key and value to the KV pool, attends.
 
     Arguments: qkv `[B, (num_heads + 2·num_kv_heads)·head_dim]` of qkv_type, context_lens i32 `[B]` (the new token's
@@ -92,8 +92,9 @@ class DecodeAttention:
     def __post_init__(self) -> None:
         _check_block_t(self.block_t)
 
-    def grid(self, batch: int) -> tuple[int, ...]:
-        return (self.shape.num_kv_heads, self.splits, batch)
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        return (self.shape.num_kv_heads, self.splits, PerRows())
 
     def default(self, batch: int, context: int) -> "DecodeAttention":
         """This layer's kernel for `batch` sequences of up to `context` tokens each, before anything was measured."""
@@ -175,7 +176,7 @@ class DecodeAttention:
 
 
 @dataclass(frozen=True)
-class PrefillAttention:
+class PrefillAttention(Variant):
     """Ragged chunks of queries, rotated and their keys and values appended to the pool before: causal attention over
     what a sequence had in the pool and the chunk itself.
 
@@ -238,8 +239,9 @@ class PrefillAttention:
         block_m, block_t, _, stages = tile
         return 2 * padded(self.shape.head_dim) * (block_m + 2 * stages * block_t)
 
-    def grid(self, num_tiles: int) -> tuple[int, ...]:
-        return (num_tiles, self.shape.num_kv_heads)
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        return (PerRows(), self.shape.num_kv_heads)
 
     def source(self) -> KernelSource:
         shape = self.shape

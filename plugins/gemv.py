@@ -8,7 +8,7 @@ import numpy as np
 from triton.experimental.gluon.language import BlockedLayout, SliceLayout
 
 from farrier.plugins.gemv_kernel import gemv
-from farrier.plugins.kernel import WARP_SIZE, KernelSource
+from farrier.plugins.kernel import WARP_SIZE, KernelSource, PerRows, Variant
 
 MOST_ROWS = 8
 FP8_CAPABILITY = 89
@@ -68,7 +68,7 @@ class GemvTile:
 
 
 @dataclass(frozen=True)
-class Gemv:
+class Gemv(Variant):
     """out = epilogue(norm(x) · weightᵀ · scale + bias) for `rows` rows (1, 2, 4 or 8) of x `[rows, k]`.
 
     Arguments, without those that the variant lacks: x `[*, k]`; rows i32 `[rows]` if `row_gather`: the row of x for
@@ -166,7 +166,8 @@ class Gemv:
             max_registers=self._max_registers(halves),
         )
 
-    def grid(self) -> tuple[int, ...]:
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
         return (ceil(self.n / self.tile.block_n),)
 
     def _max_registers(self, halves: int) -> int:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from farrier.plugins.kernel import KernelSource
+from farrier.plugins.kernel import KernelSource, PerRows, Variant
 
 BLOCK_SIZE = 32
 """Tokens of a KV page."""
@@ -116,7 +116,7 @@ def _rope_append(
 
 
 @dataclass(frozen=True)
-class RopeAppend:
+class RopeAppend(Variant):
     """Rotates the queries and keys of a step, and appends its keys and values to the KV pool.
 
     Arguments: qkv `[T, (num_heads + 2·num_kv_heads)·head_dim]` of qkv_type, positions i32 `[T]`, slots i32 `[T]`
@@ -135,8 +135,9 @@ class RopeAppend:
     kv_type: str = "bf16"
     pdl: bool = False
 
-    def grid(self, num_tokens: int) -> tuple[int, ...]:
-        return (num_tokens,)
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        return (PerRows(),)
 
     def source(self) -> KernelSource:
         normed = self.qk_norm_eps is not None

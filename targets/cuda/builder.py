@@ -29,7 +29,7 @@ def write_engine(
         deterministic=choices.deterministic,
     )
     weights = items(spec, tensors, settings.activation, choices.ceilings.max_seq_len)
-    tactics = Tactics(settings.capability, deterministic=settings.deterministic)
+    tactics = Tactics(settings.capability, settings.activation, deterministic=settings.deterministic)
     lowered = lower(spec, {item.name: item for item in weights}, settings, tactics)
     compiled = compile_all(lowered.sources, settings.capability)
     plan = Plan(

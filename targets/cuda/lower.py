@@ -9,14 +9,14 @@ from farrier.plugins.activation import Gated
 from farrier.plugins.attention import AttentionShape, DecodeAttention, PrefillAttention
 from farrier.plugins.draw import Draw
 from farrier.plugins.embedding import Embedding
-from farrier.plugins.gemm import TMA_CAPABILITY, Gemm, GemmTile
+from farrier.plugins.gemm import Gemm
 from farrier.plugins.gemv import Gemv, GemvTile
 from farrier.plugins.kernel import PDL_CAPABILITY, KernelSource, PerRows, Variant
 from farrier.plugins.logprobs import MAX_LOGPROBS, Logprobs
 from farrier.plugins.norm import PostNormAdd, Quantize, RmsNorm
 from farrier.plugins.rope import RopeAppend
 from farrier.plugins.sampling import Adjust, Greedy, padded_vocab
-from farrier.plugins.weight_form import WeightForm
+from farrier.plugins.weight_form import TMA_CAPABILITY, GemmTile
 from farrier.targets.cuda.plan import Buffer, Extent, Launch, Multiply, Program, Size, Step, Type
 from farrier.targets.cuda.products import GEMV_ROWS, Epilogue, Product, Tactics
 from farrier.targets.decoder import DecoderSpec, LayerSpec
@@ -272,11 +272,11 @@ class _Lowering:
             softcap=softcap,
             out_type=self._buffers[out].type,
         )
-        choice = self.tactics.choose(product, rows.count)
+        choice = self.tactics.choose(product, rows.count, decode=rows.kind == "decode")
         self._products[product.key(rows.count)] = (product, rows.count)
         operands = [name + ".weight"]
         operands += [name + suffix for suffix in (".scale", ".zero", ".bias") if name + suffix in self.weights]
-        if isinstance(choice, GemvTile) and rows.kind == "decode":
+        if isinstance(choice, GemvTile):
             self._stream(product, choice, rows, x, norm, operands, out)
             return
         quantized = format_ == "fp8"
@@ -317,7 +317,7 @@ class _Lowering:
         variant = Gemm(
             n=product.columns,
             k=product.k,
-            form=WeightForm(product.weight, x_type, product.group_size or 0, product.zeros),
+            form=product.form(self.settings.activation),
             tile=tile,
             out_type=product.out_type,
             epilogue=product.epilogue,
@@ -416,7 +416,7 @@ class _Lowering:
         )
 
     def _prefill_variant(self, layer: LayerSpec) -> PrefillAttention:
-        return PrefillAttention(self._shape(layer), pdl=self.settings.pdl)
+        return PrefillAttention(self._shape(layer), pdl=self.settings.pdl).default(self.settings.capability)
 
     @property
     def _tile_rows(self) -> int:
@@ -444,17 +444,9 @@ class _Lowering:
 
 
 def _extents(variant):
-    if isinstance(variant, Variant):
-        return variant.extents
-    if isinstance(variant, Gemv):
-        return variant.grid()
     if isinstance(variant, Gemm):
         return (PerRows(variant.tile.block_m, -(-variant.n // variant.tile.block_n)),)
-    if isinstance(variant, DecodeAttention):
-        return (variant.shape.num_kv_heads, variant.splits, PerRows())
-    if isinstance(variant, PrefillAttention):
-        return (PerRows(), variant.shape.num_kv_heads)
-    return (PerRows(),)
+    return variant.extents
 
 
 def _extent(extent: int | PerRows, size: Size) -> Extent:

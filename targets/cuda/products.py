@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from farrier.plugins.gemm import GemmTile
+from farrier.plugins import gemv
+from farrier.plugins.gemm_tiles import gemm_tiles
 from farrier.plugins.gemv import GemvTile
+from farrier.plugins.weight_form import GemmTile, WeightForm
 from farrier.targets.cuda.plan import Type
 
 Epilogue = Literal["store", "add", "gated"]
@@ -42,6 +44,11 @@ class Product:
         puts out."""
         return self.weight in ("bf16", "fp16") and self.softcap is None and not (self.bias and self.out_type == "fp32")
 
+    def form(self, activation: Type) -> WeightForm:
+        """How our matrix kernel takes it: fp8 weights meet fp8 activations, quantized row by row."""
+        x_type = "fp8e4nv" if self.weight == "fp8" else activation
+        return WeightForm(self.weight, x_type, self.group_size or 0, self.zeros)
+
     @property
     def suits_tma(self) -> bool:
         """Whether rows of weight and x are a multiple of 16 bytes long, as TMA wants them."""
@@ -57,25 +64,31 @@ class Product:
 class Tactics:
     """Choices: what a sweep measured to be fastest where it did, else defaults."""
 
-    def __init__(self, capability: int, *, deterministic: bool, swept: Mapping[str, Choice] | None = None) -> None:
+    def __init__(
+        self, capability: int, activation: Type, *, deterministic: bool, swept: Mapping[str, Choice] | None = None
+    ) -> None:
         self._capability = capability
+        self._activation = activation
         self._deterministic = deterministic
         self._swept = swept or {}
 
-    def choose(self, product: Product, rows: int) -> Choice:
-        """`rows`: as many as the product has, or at most has."""
+    def choose(self, product: Product, rows: int, *, decode: bool) -> Choice:
+        """`rows`: as many as the product has (`decode`), or at most has."""
         if self._deterministic:
             # One kernel and tile for any number of rows: then no row's result depends on the others.
-            return _gemm_tile(product, 64)
+            return self._matrix(product, 64)[0]
         swept = self._swept.get(product.key(rows))
-        if swept is not None:
-            return swept
-        if rows in GEMV_ROWS:
-            return GemvTile(2, 1, 4, 2)
+        return swept if swept is not None else self.candidates(product, rows, decode=decode)[0]
+
+    def candidates(self, product: Product, rows: int, *, decode: bool) -> list[Choice]:
+        """What is worth measuring, the default first."""
+        found: list[Choice] = []
+        if decode and rows in GEMV_ROWS and product.k % 32 == 0:
+            gated = product.epilogue == "gated"
+            found += gemv.candidates(rows, product.columns, product.k, product.weight, gated)
         if product.in_library:
-            return "library"
-        return _gemm_tile(product, rows)
+            found.append("library")
+        return found + self._matrix(product, rows)
 
-
-def _gemm_tile(product: Product, rows: int) -> GemmTile:
-    return GemmTile(16 if rows <= 16 else 64, 64, 64, 4, 4)
+    def _matrix(self, product: Product, rows: int) -> list[Choice]:
+        return list(gemm_tiles(product.form(self._activation), product.epilogue == "gated", rows, self._capability))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from farrier.plugins.gemv import Gemv, GemvTile, gemv_reference, pack_int4
+from farrier.plugins.gemv import Gemv, GemvTile, gemv_reference, pack_int4, repack_int4
 from tests.kernels.interpreter import bfloat16, float8, float8_values, float32
 
 TILE = GemvTile(block_n=2, warps_n=1, warps_k=2, unroll=2)

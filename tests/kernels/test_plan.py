@@ -36,7 +36,7 @@ def test_family(family: str, tmp_path: Path) -> None:
     with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as file:
         weights = items(checkpoint.spec, file.tensors, "fp16", CEILINGS.max_seq_len)
         lowered = lower(
-            checkpoint.spec, {item.name: item for item in weights}, settings, Tactics(80, deterministic=False)
+            checkpoint.spec, {item.name: item for item in weights}, settings, Tactics(80, "fp16", deterministic=False)
         )
         arrays = {item.name: item_values(item, file.tensors) for item in weights}
         runner = PlanRunner(checkpoint.spec, arrays, lowered, settings, num_blocks=12)
