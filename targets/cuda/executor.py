@@ -10,12 +10,12 @@ from cuda.bindings import driver
 from cuda.core import Device, Stream
 from cuda.core.graph import Graph
 
+from farrier.targets.cuda.bound import BoundStep, rows_of
 from farrier.targets.cuda.device import (
     Array,
     DeviceMemory,
     LoadedKernel,
     PinnedMemory,
-    PreparedLaunch,
     Sizes,
     check,
     free_memory,
@@ -23,7 +23,7 @@ from farrier.targets.cuda.device import (
 )
 from farrier.targets.cuda.inputs import InputLayout, decode_layout, fill_decode, fill_mixed, mixed_layout
 from farrier.targets.cuda.library import WORKSPACE_BYTES, Library
-from farrier.targets.cuda.plan import KERNEL_PREFIX, PLAN, PLAN_TENSOR, TYPE_BYTES, Launch, Plan, Program, Step
+from farrier.targets.cuda.plan import KERNEL_PREFIX, PLAN, PLAN_TENSOR, TYPE_BYTES, Plan, Program
 from farrier.targets.cuda.sampler import SamplingSlot, sampling_layout
 from farrier.targets.cuda.upload import upload
 from farrier.targets.detect import detect, select_target
@@ -103,7 +103,9 @@ class CudaEngine:
 
     def _buffer_bytes(self) -> int:
         rows = _ceilings(self._plan, self._config)
-        return sum(_rows(buffer.rows, rows) * buffer.columns * TYPE_BYTES[buffer.type] for buffer in self._plan.buffers)
+        return sum(
+            rows_of(buffer.rows, rows) * buffer.columns * TYPE_BYTES[buffer.type] for buffer in self._plan.buffers
+        )
 
     def allocate(self, num_blocks: int) -> None:
         if self._programs is not None:
@@ -129,7 +131,7 @@ class CudaEngine:
 
     def _buffers(self) -> dict[str, Array]:
         rows = _ceilings(self._plan, self._config)
-        shapes = {buffer.name: (_rows(buffer.rows, rows), buffer.columns) for buffer in self._plan.buffers}
+        shapes = {buffer.name: (rows_of(buffer.rows, rows), buffer.columns) for buffer in self._plan.buffers}
         return {
             buffer.name: Array(
                 self._memory.allocate(shapes[buffer.name][0] * buffer.columns * TYPE_BYTES[buffer.type]),
@@ -162,10 +164,6 @@ def _ceilings(plan: Plan, config: EngineConfig) -> Sizes:
     batch = max([program.rows for program in plan.programs if program.kind == "decode"], default=1)
     rows = max(ceilings.max_batch_size, batch)
     return {"#T": max(ceilings.max_num_tokens, rows), "#B": rows, "#S": rows, "#tiles": tiles}
-
-
-def _rows(rows: Any, ceilings: Sizes) -> int:
-    return rows if isinstance(rows, int) else ceilings[rows]
 
 
 class _Programs:
@@ -203,9 +201,9 @@ class _Programs:
         self._tails = {p.kind: self._bind(p, "sampling") for p in plan.programs if p.kind not in by_kind}
         self._graphs: dict[int, Graph] = {}
 
-    def _bind(self, program: Program, inputs: str) -> list["_BoundStep"]:
+    def _bind(self, program: Program, inputs: str) -> list["BoundStep"]:
         arrays = self._bound[inputs]
-        return [_BoundStep(step, arrays, self._kernels, self._library) for step in program.steps]
+        return [BoundStep(step, arrays, self._kernels, self._library) for step in program.steps]
 
     def capture(self, stream: Stream) -> None:
         """Runs every decode program once on a batch of nothing, then captures it."""
@@ -252,36 +250,6 @@ class _Programs:
     def run_tail(self, kind: str, sizes: Sizes, stream: Stream) -> None:
         for step in self._tails[kind]:
             step.run(sizes, stream)
-
-
-class _BoundStep:
-    """One step of a program with its addresses filled in."""
-
-    def __init__(
-        self, step: Step, arrays: Mapping[str, Array], kernels: Mapping[str, LoadedKernel], library: Library
-    ) -> None:
-        self._step = step
-        self._library = library
-        if isinstance(step, Launch):
-            arguments = [self._argument(argument, arrays) for argument in step.arguments]
-            self._launch: PreparedLaunch | None = PreparedLaunch(kernels[step.kernel], step.grid, arguments)
-        else:
-            self._launch = None
-            self._operands = arrays[step.x], arrays[step.weight], step.bias and arrays[step.bias], arrays[step.out]
-
-    @staticmethod
-    def _argument(argument: Any, arrays: Mapping[str, Array]) -> Any:
-        return arrays[argument] if isinstance(argument, str) and not argument.startswith("#") else argument
-
-    def run(self, sizes: Sizes, stream: Stream) -> None:
-        if self._launch is not None:
-            self._launch.launch(sizes, stream)
-            return
-        step: Any = self._step
-        x, weight, bias, out = self._operands
-        rows = _rows(step.rows, sizes)
-        if rows:
-            self._library.multiply(x, weight, bias, out, rows, accumulate=step.accumulate, stream=stream)
 
 
 class _Slot:

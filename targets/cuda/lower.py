@@ -18,7 +18,7 @@ from farrier.plugins.rope import RopeAppend
 from farrier.plugins.sampling import Adjust, Greedy, padded_vocab
 from farrier.plugins.weight_form import TMA_CAPABILITY, GemmTile
 from farrier.targets.cuda.plan import Buffer, Extent, Launch, Multiply, Program, Size, Step, Type
-from farrier.targets.cuda.products import GEMV_ROWS, Epilogue, Product, Tactics
+from farrier.targets.cuda.products import GEMV_ROWS, Choice, Epilogue, Product, Tactics
 from farrier.targets.decoder import DecoderSpec, LayerSpec
 from farrier.targets.engine import Ceilings
 
@@ -67,13 +67,34 @@ class Lowered:
     buffers: tuple[Buffer, ...]
     sources: Mapping[str, KernelSource]
     tile_rows: int
-    products: Mapping[str, tuple[Product, int]]
-    """Key in `model.cache` → each product and the number of rows it was chosen for."""
+    products: Mapping[str, tuple[Product, int, bool]]
+    """Key in `model.cache` → each product, the rows it was chosen for, and whether they are decode rows."""
 
 
 def lower(spec: DecoderSpec, weights: Mapping[str, Shaped], settings: Settings, tactics: Tactics) -> Lowered:
     """`weights`: the engine file's tensors (see `pack`)."""
     return _Lowering(spec, weights, settings, tactics).lowered()
+
+
+def lower_product(
+    spec: DecoderSpec, product: Product, choice: Choice, rows: int, settings: Settings, *, decode: bool
+) -> tuple[tuple[Step, ...], tuple[Buffer, ...], Mapping[str, KernelSource]]:
+    """The steps of one product alone, for a sweep: from the buffer `x` and the weight `product.weight` to `out`."""
+    lowering = _Lowering(spec, product.tensors("product"), settings, _Fixed(choice))
+    lowering.one_product(product, _Rows("decode" if decode else "mixed", "#T", rows, 0))
+    return lowering._taken(), tuple(lowering._buffers.values()), lowering._sources
+
+
+class _Fixed:
+    def __init__(self, choice: Choice) -> None:
+        self._choice = choice
+
+    def choose(self, product: Product, rows: int, *, decode: bool) -> Choice:
+        return self._choice
+
+
+class Chooses(Protocol):
+    def choose(self, product: Product, rows: int, *, decode: bool) -> Choice: ...
 
 
 class _Lowering:
@@ -84,7 +105,7 @@ class _Lowering:
         self.tactics = tactics
         self._sources: dict[str, KernelSource] = {}
         self._buffers: dict[str, Buffer] = {}
-        self._products: dict[str, tuple[Product, int]] = {}
+        self._products: dict[str, tuple[Product, int, bool]] = {}
         self._steps: list[Step] = []
 
     def lowered(self) -> Lowered:
@@ -244,6 +265,12 @@ class _Lowering:
 
     # Products
 
+    def one_product(self, product: Product, rows: "_Rows") -> None:
+        self._buffer("x", "fp32" if product.normed else self.settings.activation, "#T", product.k)
+        self._buffer("out", product.out_type, "#T", product.columns)
+        norm = "product_norm" if product.normed else None
+        self._product("product", "x", "out", product.epilogue, rows, norm=norm, softcap=product.softcap)
+
     def _product(
         self,
         name: str,
@@ -273,7 +300,7 @@ class _Lowering:
             out_type=self._buffers[out].type,
         )
         choice = self.tactics.choose(product, rows.count, decode=rows.kind == "decode")
-        self._products[product.key(rows.count)] = (product, rows.count)
+        self._products[product.key(rows.count)] = (product, rows.count, rows.kind == "decode")
         operands = [name + ".weight"]
         operands += [name + suffix for suffix in (".scale", ".zero", ".bias") if name + suffix in self.weights]
         if isinstance(choice, GemvTile):
@@ -356,7 +383,7 @@ class _Lowering:
             self._launch(variant, rows.size, "gate_up", out)
 
     def _normalized(self, x: str, norm: str, rows: "_Rows", *, quantized: bool) -> str:
-        hidden = self.spec.hidden_size
+        hidden = self._buffers[x].columns
         out_type: Type = "fp8e4nv" if quantized else self.settings.activation
         out = "normed8" if quantized else "normed"
         self._buffer(out, out_type, "#T", hidden)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from farrier.plugins import gemv
@@ -9,6 +10,7 @@ from farrier.plugins.gemm_tiles import gemm_tiles
 from farrier.plugins.gemv import GemvTile
 from farrier.plugins.weight_form import GemmTile, WeightForm
 from farrier.targets.cuda.plan import Type
+from farrier.targets.safetensors_file import DTYPE_SIZES
 
 Epilogue = Literal["store", "add", "gated"]
 Library = Literal["library"]
@@ -16,6 +18,18 @@ Choice = GemvTile | GemmTile | Library
 """A tile of our own streaming or matrix kernel, or cuBLASLt."""
 
 GEMV_ROWS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """safetensors dtype and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * DTYPE_SIZES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,19 @@ class Product:
         """Whether cuBLASLt can run it: it takes weights of the activations' own type, and a bias only of the type it
         puts out."""
         return self.weight in ("bf16", "fp16") and self.softcap is None and not (self.bias and self.out_type == "fp32")
+
+    def tensors(self, name: str) -> dict[str, Operand]:
+        """What its weight consists of in an engine file."""
+        stored = {"bf16": "BF16", "fp16": "F16", "fp8": "F8_E4M3", "int8": "I8", "int4": "U8"}[self.weight]
+        parts = {name + ".weight": Operand(stored, (self.n, self.k // 2 if self.weight == "int4" else self.k))}
+        if self.weight not in ("bf16", "fp16"):
+            groups = (self.k // self.group_size,) if self.group_size else ()
+            parts[name + ".scale"] = Operand("F32", (self.n, *groups))
+            if self.zeros:
+                parts[name + ".zero"] = Operand("I8", (self.n, *groups))
+        if self.bias:
+            parts[name + ".bias"] = Operand("F32", (self.n,))
+        return parts
 
     def form(self, activation: Type) -> WeightForm:
         """How our matrix kernel takes it: fp8 weights meet fp8 activations, quantized row by row."""
