@@ -32,7 +32,8 @@ def from_float8(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
 
 
 def is_nan(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    return (bits & np.uint8(0x7F)) == _NAN
+    result: npt.NDArray[np.bool_] = (bits & np.uint8(0x7F)) == _NAN
+    return result
 
 
 def _values() -> npt.NDArray[np.float32]:
