@@ -81,7 +81,7 @@ class QuantizedRows:
         if self.obstacle is not None:
             return None
         size = self.format.group_size(self.columns)
-        in_groups = size != self.columns or self.format.kind == "int4"
+        in_groups = size != self.columns or self.format.kind == "int4" or self.format.zero_points
         return Quantization(self.format.kind, size if in_groups else None, self.format.zero_points)
 
 

@@ -28,7 +28,7 @@ _INT4_LEVELS = (-8.0, -8.7, -9.6)
 
 @dataclass(frozen=True)
 class Quantization:
-    """`group_size`: columns that share a scale; None: all of a row. int4 always has groups."""
+    """`group_size`: columns that share a scale; None: all of a row. int4 and zero points always come in groups."""
 
     kind: Literal["int8", "int4", "fp8"]
     group_size: int | None = None
@@ -37,8 +37,8 @@ class Quantization:
     def __post_init__(self) -> None:
         if not (self.kind != "int4" if self.group_size is None else self.group_size > 0):
             raise ValueError(f"{self.kind} cannot have groups of {self.group_size}")
-        if self.kind == "fp8" and self.zero_points:
-            raise ValueError("fp8 cannot have zero points")
+        if self.zero_points and (self.kind == "fp8" or self.group_size is None):
+            raise ValueError(f"{self.kind} with groups of {self.group_size} cannot have zero points")
 
 
 def group_size_for(columns: int, wanted: int) -> int | None:
