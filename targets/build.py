@@ -10,23 +10,22 @@ from pathlib import Path
 
 from farrier import __version__
 from farrier.targets.backend import Backend, Choices, Progress, backend_for
-from farrier.targets.checkpoint import WEIGHTS_FILE, CheckpointReader
-from farrier.targets.convert import convert, model_files
+from farrier.targets.checkpoint import FLOATS, WEIGHTS_FILE, CheckpointReader, stored_bytes
+from farrier.targets.convert import convert, converted_weights, model_files
 from farrier.targets.decoder import DecoderSpec
 from farrier.targets.digest import file_digest
 from farrier.targets.engine import Ceilings, EngineConfig, Fingerprint, KvDtype
 from farrier.targets.engine_dir import TOKENIZER_DIR, damaged_file, is_engine, read_config, write_config
 from farrier.targets.errors import BuildError, FarrierError, InsufficientResourcesError
 from farrier.targets.hf_config import from_hf_config
+from farrier.targets.hf_quantization import source_format
 from farrier.targets.hf_weights import read_json, source_tensors
-from farrier.targets.precision import precisions
+from farrier.targets.quantize import Quantization
 from farrier.targets.target import Target, memory_budget
 from farrier.targets.trial import trial_step
 from farrier.targets.workspace import disk_errors, publish, workspace
 
 DEFAULT_MAX_SEQ_LEN = 4096
-_BYTES_PER_WEIGHT = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.0, "int4": 0.53}
-_SAFETENSORS_PRECISION = {"F32": "f32", "BF16": "bf16", "F16": "f16"}
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,12 @@ def build(
     progress = on_progress or (lambda _: lambda done, total: None)
     if out.exists() and not is_engine(out):
         raise BuildError(f"{out} exists and is not an engine; choose another place or remove it.")
-    spec, precision = _describe(source, options)
-    backend.check(target, {precision, *options.overrides.values()}, deterministic=options.deterministic)
+    spec, precision, stored = _describe(source, options)
+    kinds = {kind.kind for kind in stored.values() if isinstance(kind, Quantization)}
+    backend.check(target, {precision, *kinds, *options.overrides.values()}, deterministic=options.deterministic)
     ceilings = _ceilings(backend, spec, options)
     kv_dtype = backend.kv_dtype(spec, target, precision, options.kv_dtype)
-    estimate = _estimate(backend, source, spec, precision, options, ceilings, kv_dtype)
+    estimate = _estimate(backend, source, spec, stored, ceilings, kv_dtype)
     if on_estimate is not None:
         on_estimate(estimate)
     fingerprint = backend.fingerprint(target, precision, kv_dtype)
@@ -131,20 +131,28 @@ def build(
     return Built(config, False, warnings)
 
 
-def _describe(source: Path, options: BuildOptions) -> tuple[DecoderSpec, str]:
-    """The model's spec, and the precision its engine will have."""
+def _describe(source: Path, options: BuildOptions) -> tuple[DecoderSpec, str, Mapping[str, Quantization | str]]:
+    """The model's spec, the precision its engine will have, and how each weight will be stored in its checkpoint."""
     if _is_checkpoint(source):
         if options.precision != "auto" or options.overrides:
             raise BuildError(f"{source} is converted already; give --precision and --override to `farrier convert`.")
         reader = CheckpointReader(source)
-        quantized = {reader.dtype(name) for name in reader.names} & {"int8", "int4"}
-        # int4 checkpoints keep some layers in int8: the smaller type is what names the engine.
-        return reader.spec, min(quantized, default=reader.dtype("layers.0.q.weight"))
-    spec = from_hf_config(read_json(source / "config.json"), max_seq_len=options.max_seq_len)
+        kinds = {reader.dtype(name) for name in reader.names}
+        # int4 and fp8 checkpoints keep some layers in int8, which so does not name the engine.
+        quantized = [kind for kind in ("int4", "fp8", "int8") if kind in kinds]
+        precision = quantized[0] if quantized else reader.dtype("layers.0.q.weight")
+        return reader.spec, precision, {name: reader.quantization(name) or reader.dtype(name) for name in reader.names}
+    hf_config = read_json(source / "config.json")
+    spec = from_hf_config(hf_config, max_seq_len=options.max_seq_len)
+    stored = converted_weights(
+        source, precision=options.precision, overrides=options.overrides, max_seq_len=options.max_seq_len
+    )
     if options.precision != "auto":
-        return spec, options.precision
+        return spec, options.precision, stored
+    if quantized_source := source_format(hf_config):
+        return spec, quantized_source.kind, stored
     largest = max(source_tensors(source).values(), key=lambda info: info.stop - info.start)
-    return spec, _SAFETENSORS_PRECISION.get(largest.dtype, "f32")
+    return spec, FLOATS.get(largest.dtype, "f32"), stored
 
 
 def _is_checkpoint(source: Path) -> bool:
@@ -170,8 +178,7 @@ def _estimate(
     backend: Backend,
     source: Path,
     spec: DecoderSpec,
-    precision: str,
-    options: BuildOptions,
+    stored: Mapping[str, Quantization | str],
     ceilings: Ceilings,
     kv_dtype: KvDtype,
 ) -> Estimate:
@@ -179,17 +186,10 @@ def _estimate(
         weights = backend.packed_bytes(CheckpointReader(source))
         disk = weights
     else:
-        chosen = precisions(spec, precision, options.overrides)
-        shapes = spec.tensors()
-        weights = sum(math.ceil(math.prod(shape) * _bytes_per_weight(chosen[name])) for name, shape in shapes.items())
+        weights = stored_bytes(spec, stored)
         disk = 2 * weights  # the converted checkpoint and the engine, for a moment side by side
     kv_one = math.ceil(ceilings.max_seq_len / backend.block_size) * backend.kv_bytes_per_block(spec, kv_dtype)
     return Estimate(disk, weights, kv_one, kv_one * ceilings.max_batch_size)
-
-
-def _bytes_per_weight(precision: str) -> float:
-    # What keeps its source's type ("auto") beside quantized weights is mostly the embedding, in 16 bits.
-    return _BYTES_PER_WEIGHT.get(precision, 2.0)
 
 
 def _check_resources(estimate: Estimate, target: Target, place: Path) -> None:

@@ -1,9 +1,11 @@
 """The unified checkpoint: `config.json` + `rank0.safetensors` with canonical names + `tokenizer/`.
 
-A weight `X.weight` that is quantized has its scales beside it as `X.scale` (see `farrier.targets.quantize`).
+A weight `X.weight` that is quantized has its scales beside it as `X.scale`, and its zero points, if it has any, as
+`X.zero` (see `farrier.targets.quantize`).
 With tied embeddings `lm_head.weight` is stored only where it differs from the table in how it is stored.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from farrier.targets.decoder import DecoderSpec, is_projection
 from farrier.targets.errors import CheckpointError
 from farrier.targets.quantize import Quantization, dequantize
-from farrier.targets.tensorfile import Tensor, TensorFile
-from farrier.targets.weight_stream import to_float32
+from farrier.targets.safetensors_file import DTYPE_SIZES
+from farrier.targets.tensorfile import Tensor, TensorFile, to_float32
 
 FORMAT_VERSION = 1
 """Raised whenever older checkpoints would be read wrongly, or the same conversion would give other weights."""
@@ -27,8 +29,8 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "rank0.safetensors"
 TOKENIZER_DIR = "tokenizer"
 
-StoredDtype = Literal["f32", "bf16", "f16", "int8", "int4"]
-"""How a tensor is stored: bf16 as bits in uint16, int4 as two in a uint8."""
+StoredDtype = Literal["f32", "bf16", "f16", "int8", "int4", "fp8"]
+"""How a tensor is stored: bf16 as bits in uint16, fp8 as bits in uint8, int4 as two in a uint8."""
 
 FLOATS: dict[str, StoredDtype] = {"F32": "f32", "BF16": "bf16", "F16": "f16"}
 """safetensors' name of a type → ours."""
@@ -89,6 +91,10 @@ def scale_name(name: str) -> str:
     return name.removesuffix(".weight") + ".scale"
 
 
+def zero_name(name: str) -> str:
+    return name.removesuffix(".weight") + ".zero"
+
+
 def stored_tensors(
     name: str, shape: tuple[int, ...], stored: Quantization | str
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -96,9 +102,19 @@ def stored_tensors(
     if isinstance(stored, str):
         return {name: (stored, shape)}
     rows, columns = shape
-    if stored.group_size is None:
-        return {name: ("I8", shape), scale_name(name): ("F32", (rows,))}
-    return {name: ("U8", (rows, columns // 2)), scale_name(name): ("F32", (rows, columns // stored.group_size))}
+    scales = (rows,) if stored.group_size is None else (rows, columns // stored.group_size)
+    tensors = {
+        name: {"int8": ("I8", shape), "fp8": ("F8_E4M3", shape), "int4": ("U8", (rows, columns // 2))}[stored.kind],
+        scale_name(name): ("F32", scales),
+    }
+    return tensors | ({zero_name(name): ("I8", scales)} if stored.zero_points else {})
+
+
+def stored_bytes(spec: DecoderSpec, stored: Mapping[str, Quantization | str]) -> int:
+    """Bytes of the weights of a checkpoint; `stored`: see `stored_tensors`."""
+    shapes = {"lm_head.weight": spec.tensors()["embed.weight"], **spec.tensors()}
+    tensors = (stored_tensors(name, shapes[name], kind) for name, kind in stored.items())
+    return sum(math.prod(shape) * DTYPE_SIZES[dtype] for weight in tensors for dtype, shape in weight.values())
 
 
 class CheckpointReader:
@@ -112,7 +128,7 @@ class CheckpointReader:
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """All that is stored, scales too, by name."""
+        """All that is stored, scales and zero points too, by name."""
         return self._file.tensors
 
     @property
@@ -140,18 +156,24 @@ class CheckpointReader:
         return self.config.quantization.get(name)
 
     def tensor(self, name: str) -> Array:
-        """What is stored, not copied and read-only: f32, f16, bf16 as uint16, int8, or int4 packed in uint8."""
+        """What is stored, not copied and read-only: f32, f16, bf16 as uint16, int8, fp8 as uint8, or int4 packed in
+        uint8."""
         return self.tensors[name].array
 
     def scale(self, name: str) -> npt.NDArray[np.float32]:
-        """The scales of quantized weight `name`: `[N]` of int8, `[N, K / group_size]` of int4."""
+        """The scales of quantized weight `name`: `[N]`, or `[N, K / group_size]` in groups."""
         return self.tensors[scale_name(name)].array
+
+    def zero(self, name: str) -> npt.NDArray[np.int8] | None:
+        """The zero points of quantized weight `name`, in the scales' shape, if it has any."""
+        tensor = self.tensors.get(zero_name(name))
+        return None if tensor is None else tensor.array
 
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         """The weight's values, a copy."""
         stored, quantization = self.tensor(name), self.quantization(name)
         if quantization is not None:
-            return dequantize(stored, self.scale(name), quantization)
+            return dequantize(stored, self.scale(name), quantization, self.zero(name))
         return np.array(to_float32(stored, self.tensors[name].dtype))
 
     def _check(self) -> None:

@@ -1,13 +1,14 @@
-"""Hugging Face model directory → unified checkpoint, streamed: no tensor is ever whole in memory."""
+"""Hugging Face model directory → unified checkpoint, streamed: at most one packed tensor is ever whole in memory."""
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from farrier.targets.checkpoint import (
     CONFIG,
@@ -21,12 +22,15 @@ from farrier.targets.checkpoint import (
     Parallelism,
     scale_name,
     stored_tensors,
+    zero_name,
 )
-from farrier.targets.decoder import DecoderSpec
+from farrier.targets.decoder import DecoderSpec, is_projection
 from farrier.targets.digest import file_digest
-from farrier.targets.errors import BuildError, CheckpointError
+from farrier.targets.errors import BuildError, CheckpointError, UnsupportedModelError
 from farrier.targets.hf_config import from_hf_config
-from farrier.targets.hf_weights import SourceRows, map_weights, read_json, source_tensors, weight_files
+from farrier.targets.hf_quantization import source_format
+from farrier.targets.hf_source import QuantizedRows, Source, SourceRows
+from farrier.targets.hf_weights import map_weights, read_json, source_tensors, weight_files
 from farrier.targets.precision import Precision, precisions
 from farrier.targets.quantize import (
     DEFAULT_GROUP_SIZE,
@@ -36,7 +40,7 @@ from farrier.targets.quantize import (
     quantize,
 )
 from farrier.targets.safetensors_file import SafetensorsWriter
-from farrier.targets.weight_stream import blocks, cast, finite, to_float32
+from farrier.targets.weight_stream import blocks, cast, finite, float_blocks, quantized_blocks
 from farrier.targets.workspace import disk_errors, publish, workspace
 
 TOKENIZER_FILES = (
@@ -77,6 +81,8 @@ def convert(
 
     `precision` and `overrides`: see `farrier.targets.precision.precisions`. `group_size` is that of int4: a power of
     two from 32 on, halved for matrices whose columns it does not divide. `max_seq_len`: see `from_hf_config`.
+    Matrices that are quantized already (AWQ, GPTQ, fp8, compressed-tensors) keep their numbers where they have the
+    precision asked for; else they are converted like any others.
 
     `out` appears whole or not at all. The same conversion found there is reused; anything else is left alone and
     refused. Raises CheckpointError and UnsupportedModelError about the model, BuildError about the options and
@@ -99,6 +105,13 @@ def convert(
     return Conversion(out, reused, _warnings(model_dir))
 
 
+def converted_weights(
+    model_dir: Path, *, precision: str, overrides: Mapping[str, str], max_seq_len: int | None
+) -> dict[str, Quantization | str]:
+    """Canonical name → quantization, or safetensors dtype, of every weight that `convert` would store."""
+    return _plan(model_dir, precision, overrides, DEFAULT_GROUP_SIZE, max_seq_len).stored
+
+
 def model_files(model_dir: Path) -> list[Path]:
     """Every file of a Hugging Face model that goes into its checkpoint."""
     others = (model_dir / name for name in ("config.json", "model.safetensors.index.json", *TOKENIZER_FILES))
@@ -111,14 +124,14 @@ class _Plan:
     spec: DecoderSpec
     precision: str
     overrides: Mapping[str, str]
-    sources: dict[str, SourceRows]
+    sources: dict[str, Source]
     stored: dict[str, Quantization | str]
     """Canonical name → quantization, or safetensors dtype, of every weight that is written."""
     eos_token_ids: tuple[int, ...]
 
     @property
     def bytes_to_read(self) -> int:
-        weights = sum(self.sources[name].rows * self.sources[name].row_bytes for name in self.stored)
+        weights = sum(self.sources[name].num_bytes for name in self.stored)
         return weights + sum(path.stat().st_size for path in model_files(self.model_dir))
 
 
@@ -139,7 +152,7 @@ def _plan(
 ) -> _Plan:
     hf_config = read_json(model_dir / "config.json")
     spec = from_hf_config(hf_config, max_seq_len=max_seq_len)
-    sources = map_weights(spec, source_tensors(model_dir))
+    sources = map_weights(spec, source_tensors(model_dir), source_format(hf_config))
     chosen = precisions(spec, precision, overrides)
     stored = {name: _stored(name, source, chosen[name], group_size) for name, source in sources.items()}
     if spec.tied_embeddings:
@@ -149,13 +162,16 @@ def _plan(
     return _Plan(model_dir, spec, precision, overrides, sources, stored, _eos_token_ids(model_dir, hf_config))
 
 
-def _stored(name: str, source: SourceRows, precision: Precision, group_size: int) -> Quantization | str:
-    if source.tensor.dtype not in FLOATS:
+def _stored(name: str, source: Source, precision: Precision, group_size: int) -> Quantization | str:
+    if isinstance(source, QuantizedRows):
+        if kept := _kept(name, source, precision):
+            return kept
+    elif source.tensor.dtype not in FLOATS:
         raise CheckpointError(
             f"the weight '{name}' is stored as {source.tensor.dtype}; farrier converts from {', '.join(FLOATS)}"
         )
-    if precision == "int8":
-        return Quantization("int8")
+    if precision == "int8" or precision == "fp8":
+        return Quantization(precision)
     if precision == "int4":
         size = group_size_for(source.columns, group_size)
         if size is None:
@@ -164,18 +180,34 @@ def _stored(name: str, source: SourceRows, precision: Precision, group_size: int
                 f" columns of '{name}'; add --override {name.removesuffix('.weight')}=int8"
             )
         return Quantization("int4", size)
-    return source.tensor.dtype if precision == "auto" else _SAFETENSORS_DTYPES[precision]
+    if precision != "auto":
+        return _SAFETENSORS_DTYPES[precision]
+    return source.tensor.dtype if isinstance(source, SourceRows) else "F32"
 
 
-def _check_tied(table: SourceRows, head: SourceRows) -> None:
-    """A model that says that both are one matrix must not store two."""
-    if table is head:
+def _kept(name: str, source: QuantizedRows, precision: Precision) -> Quantization | None:
+    """How a quantized matrix is stored whose numbers stay what they are; None if they do not."""
+    if not is_projection(name):  # a router, say: small, and computed with as it is
+        return None
+    kept = source.quantization
+    if kept is None:
+        if precision == "auto":
+            raise UnsupportedModelError(
+                f"the weight '{name}' cannot be kept as it is quantized, as {source.obstacle}; convert it with"
+                " --precision int8, bf16 or another"
+            )
+        return None
+    # int8 and fp8 mean one scale for each row.
+    alike = kept.kind == precision and (precision == "int4" or kept.group_size is None)
+    return kept if alike or precision == "auto" else None
+
+
+def _check_tied(table: Source, head: Source) -> None:
+    """A model that says that both are one matrix must not store two, unless one is a quantized copy."""
+    if table is head or isinstance(head, QuantizedRows):
         return
-    pairs = zip(blocks(table), blocks(head), strict=True)
-    if not all(
-        np.array_equal(to_float32(one, table.tensor.dtype), to_float32(other, head.tensor.dtype))
-        for (_, one), (_, other) in pairs
-    ):
+    pairs = zip(float_blocks("embed.weight", table), float_blocks("lm_head.weight", head), strict=True)
+    if not all(np.array_equal(one, other) for one, other in pairs):
         raise CheckpointError(
             "config.json says that the output layer is the embedding ('tie_word_embeddings'), but the model stores two"
             " different ones; set tie_word_embeddings to false if both are meant"
@@ -255,17 +287,28 @@ def _write_weights(plan: _Plan, path: Path, count: _Count) -> None:
         tensors |= stored_tensors(name, shapes.get(name, shapes["embed.weight"]), stored)
     with SafetensorsWriter(path, tensors) as writer:
         for name, stored in plan.stored.items():
-            source = plan.sources[name]
-            for first_row, block in blocks(source):
-                if isinstance(stored, Quantization):
-                    values, scales = quantize(finite(name, to_float32(block, source.tensor.dtype)), stored)
-                    writer.write(name, first_row * values[0].nbytes, values)
-                    writer.write(scale_name(name), first_row * scales[:1].nbytes, scales)
-                else:
-                    data = (
-                        block
-                        if stored == source.tensor.dtype
-                        else cast(name, to_float32(block, source.tensor.dtype), stored)
-                    )
-                    writer.write(name, first_row * data[0].nbytes, data)
-                count.add(block.nbytes)
+            source, row, read = plan.sources[name], 0, 0
+            for arrays in _converted(name, source, stored):
+                for tensor, array in arrays.items():
+                    writer.write(tensor, row * array[0].nbytes, array)
+                row += len(arrays[name])
+                count.add(source.num_bytes * row // source.rows - read)
+                read = source.num_bytes * row // source.rows
+
+
+def _converted(name: str, source: Source, stored: Quantization | str) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """Consecutive blocks of rows of every tensor that a weight is stored as."""
+    if isinstance(source, QuantizedRows) and stored == source.quantization:
+        for block in quantized_blocks(name, source):
+            scale = {name: block.values, scale_name(name): block.scale}
+            yield scale if block.zero is None else {**scale, zero_name(name): block.zero}
+    elif isinstance(source, SourceRows) and stored == source.tensor.dtype:
+        for rows in blocks(source):
+            yield {name: rows}
+    elif isinstance(stored, Quantization):
+        for rows in float_blocks(name, source):
+            values, scales = quantize(finite(name, rows), stored)
+            yield {name: values, scale_name(name): scales}
+    else:
+        for rows in float_blocks(name, source):
+            yield {name: cast(name, rows, stored)}

@@ -31,11 +31,6 @@ def from_hf_config(config: dict[str, Any], *, max_seq_len: int | None = None) ->
     """
     settings = Settings(config)
     architecture = _architecture(settings)
-    if settings.raw("quantization_config") is not None:
-        raise UnsupportedModelError(
-            "the weights are already quantized ('quantization_config' in config.json: AWQ, GPTQ, FP8 …), which is not"
-            " supported yet; take the unquantized model and quantize it with --precision"
-        )
     if architecture == MULTIMODAL_GEMMA3:
         family = _FAMILIES["Gemma3ForCausalLM"]
         settings = _gemma3_text(settings)
@@ -364,7 +359,7 @@ _IRRELEVANT = frozenset(
     """
     architectures model_type dtype torch_dtype transformers_version transformers.js_config auto_map name_or_path
     unsloth_version unsloth_fixed id2label label2id num_labels task_specific_params problem_type finetuning_task
-    torchscript chunk_size_feed_forward pruned_heads attn_implementation language
+    torchscript chunk_size_feed_forward pruned_heads attn_implementation language quantization_config
 
     initializer_range attention_dropout resid_pdrop embd_pdrop hidden_dropout router_aux_loss_coef router_jitter_noise
     neftune_noise_alpha output_router_logits pretraining_tp gradient_checkpointing

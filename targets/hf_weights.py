@@ -3,35 +3,23 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from farrier.targets.decoder import DecoderSpec
 from farrier.targets.errors import CheckpointError
 from farrier.targets.hf_config import MULTIMODAL_GEMMA3
-from farrier.targets.safetensors_file import TensorInfo, read_header
+from farrier.targets.hf_formats import Format
+from farrier.targets.hf_source import Candidate, Source
+from farrier.targets.safetensors_file import TensorInfo, read_bytes, read_header
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
+_SCALES_NOT_OF_WEIGHTS = (
+    *(".input_scale", ".input_zero_point", ".activation_scale", ".output_scale", ".weight_shape"),
+    *(".q_scale", ".k_scale", ".v_scale", ".kv_scale"),
+)
 _VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-
-
-@dataclass(frozen=True)
-class SourceRows:
-    """A canonical weight as consecutive rows of a source tensor, seen as `[rows, columns]`.
-
-    A vector's rows have one column.
-    """
-
-    tensor: TensorInfo
-    first_row: int
-    rows: int
-    columns: int
-
-    @property
-    def row_bytes(self) -> int:
-        return self.columns * self.tensor.itemsize
 
 
 def weight_files(model_dir: Path) -> list[Path]:
@@ -66,30 +54,35 @@ def source_tensors(model_dir: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def map_weights(spec: DecoderSpec, tensors: Mapping[str, TensorInfo]) -> dict[str, SourceRows]:
+def map_weights(
+    spec: DecoderSpec, tensors: Mapping[str, TensorInfo], quantized: Format | None = None
+) -> dict[str, Source]:
     """Canonical name → source, for every weight of `spec`; with tied embeddings also `lm_head.weight`.
 
+    `quantized`: how those matrices are stored that are quantized.
     Where a model that ties its embeddings stores both, `lm_head.weight` maps to the one stored for it.
     Raises CheckpointError naming the first tensor that is missing, has another shape, or is not called for.
     """
     prefix = next((prefix for prefix in _PREFIXES if prefix + "embed_tokens.weight" in tensors), "model.")
     used: set[str] = set()
-    sources: dict[str, SourceRows] = {}
+    sources: dict[str, Source] = {}
     shapes = spec.tensors()
     for name, shape in shapes.items():
         candidates = list(_candidates(spec, prefix, name, shape))
-        found = next((candidate for candidate in candidates if candidate.name in tensors), None)
+        found = _first(candidates, tensors, shape[0], quantized)
         if found is None:
             raise CheckpointError(f"the model lacks the tensor '{candidates[0].name}' of shape {list(shape)}")
-        sources[name] = _rows(found, tensors[found.name], shape)
-        used.add(found.name)
+        sources[name] = found[0]
+        used |= found[1]
     if spec.tied_embeddings:
         sources["lm_head.weight"] = sources["embed.weight"]
-        for candidate in _candidates(spec, prefix, "lm_head.weight", shapes["embed.weight"]):
-            if candidate.name in tensors:
-                sources["lm_head.weight"] = _rows(candidate, tensors[candidate.name], candidate.shape)
-                used.add(candidate.name)
-    unused = [name for name in tensors if name not in used and not _ignorable(spec, name)]
+        shape = shapes["embed.weight"]
+        for candidate in _candidates(spec, prefix, "lm_head.weight", shape):
+            found = candidate.find(tensors, shape[0], quantized)
+            if found is not None:
+                sources["lm_head.weight"] = found[0]
+                used |= found[1]
+    unused = [name for name in tensors if name not in used and not _ignorable(spec, name, tensors, quantized)]
     if unused:
         more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
         raise CheckpointError(
@@ -98,58 +91,48 @@ def map_weights(spec: DecoderSpec, tensors: Mapping[str, TensorInfo]) -> dict[st
     return sources
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A name and shape under which a weight may be stored, starting at row `first_row`."""
-
-    name: str
-    shape: tuple[int, ...]
-    first_row: int = 0
+def _first(
+    candidates: list[Candidate], tensors: Mapping[str, TensorInfo], rows: int, quantized: Format | None
+) -> tuple[Source, set[str]] | None:
+    found = (candidate.find(tensors, rows, quantized) for candidate in candidates)
+    return next((one for one in found if one is not None), None)
 
 
-def _rows(candidate: _Candidate, info: TensorInfo, shape: tuple[int, ...]) -> SourceRows:
-    if info.shape != candidate.shape:
-        raise CheckpointError(
-            f"the tensor '{candidate.name}' has shape {list(info.shape)}, config.json calls for {list(candidate.shape)}"
-        )
-    return SourceRows(info, candidate.first_row, shape[0], shape[1] if len(shape) == 2 else 1)
-
-
-def _candidates(spec: DecoderSpec, prefix: str, name: str, shape: tuple[int, ...]) -> Iterator[_Candidate]:
+def _candidates(spec: DecoderSpec, prefix: str, name: str, shape: tuple[int, ...]) -> Iterator[Candidate]:
     match = _LAYER_NAME.fullmatch(name)
     if match is None:
         for outer in _OUTER_NAMES[name]:
-            yield _Candidate(outer.format(prefix=prefix), shape)
+            yield Candidate(outer.format(prefix=prefix), shape)
         return
     index, expert, part, kind = match.groups()
     inner = _in_layer(spec, part, kind, shape) if expert is None else _in_expert(spec, int(expert), part, kind, shape)
     for candidate in inner:
-        yield _Candidate(f"{prefix}layers.{index}.{candidate.name}", candidate.shape, candidate.first_row)
+        yield Candidate(f"{prefix}layers.{index}.{candidate.name}", candidate.shape, candidate.first_row)
 
 
-def _in_layer(spec: DecoderSpec, part: str, kind: str, shape: tuple[int, ...]) -> Iterator[_Candidate]:
+def _in_layer(spec: DecoderSpec, part: str, kind: str, shape: tuple[int, ...]) -> Iterator[Candidate]:
     # In Gemma the name that others give to the MLP's norm is that of the attention's second one.
     modules = _MODULES | ({"mlp_norm": ("pre_feedforward_layernorm",)} if spec.sandwich_norms else {})
     for module in modules[part]:
-        yield _Candidate(f"{module}.{kind}", shape)
+        yield Candidate(f"{module}.{kind}", shape)
     if part in ("q", "k", "v"):
         fused = (spec.q_size + 2 * spec.kv_size, *shape[1:])
         first_row = {"q": 0, "k": spec.q_size, "v": spec.q_size + spec.kv_size}[part]
-        yield _Candidate(f"self_attn.qkv_proj.{kind}", fused, first_row)
+        yield Candidate(f"self_attn.qkv_proj.{kind}", fused, first_row)
     if part in ("gate", "up"):
-        yield _Candidate(f"mlp.gate_up_proj.{kind}", (2 * shape[0], *shape[1:]), shape[0] if part == "up" else 0)
+        yield Candidate(f"mlp.gate_up_proj.{kind}", (2 * shape[0], *shape[1:]), shape[0] if part == "up" else 0)
 
 
-def _in_expert(spec: DecoderSpec, expert: int, part: str, kind: str, shape: tuple[int, ...]) -> Iterator[_Candidate]:
+def _in_expert(spec: DecoderSpec, expert: int, part: str, kind: str, shape: tuple[int, ...]) -> Iterator[Candidate]:
     assert spec.experts is not None
     rows, columns = shape
-    yield _Candidate(f"mlp.experts.{expert}.{part}_proj.{kind}", shape)
-    yield _Candidate(f"block_sparse_moe.experts.{expert}.{_MIXTRAL_NAMES[part]}.{kind}", shape)
+    yield Candidate(f"mlp.experts.{expert}.{part}_proj.{kind}", shape)
+    yield Candidate(f"block_sparse_moe.experts.{expert}.{_MIXTRAL_NAMES[part]}.{kind}", shape)
     if part == "down":
-        yield _Candidate("mlp.experts.down_proj", (spec.experts.num_experts, rows, columns), expert * rows)
+        yield Candidate("mlp.experts.down_proj", (spec.experts.num_experts, rows, columns), expert * rows)
     else:
         first_row = (2 * expert + (part == "up")) * rows
-        yield _Candidate("mlp.experts.gate_up_proj", (spec.experts.num_experts, 2 * rows, columns), first_row)
+        yield Candidate("mlp.experts.gate_up_proj", (spec.experts.num_experts, 2 * rows, columns), first_row)
 
 
 _LAYER_NAME = re.compile(r"layers\.(\d+)\.(?:experts\.(\d+)\.)?(\w+)\.(weight|bias)")
@@ -177,10 +160,16 @@ _MODULES = {
 _MIXTRAL_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
-def _ignorable(spec: DecoderSpec, name: str) -> bool:
-    """Tables that old checkpoints store although they follow from the config, and the parts that see."""
+def _ignorable(spec: DecoderSpec, name: str, tensors: Mapping[str, TensorInfo], quantized: Format | None) -> bool:
+    """Tables that old checkpoints store although they follow from the config, the parts that see, and what quantized
+    models hold besides their weights: scales of activations and of the KV cache, and biases that are all zero."""
     if spec.architecture == MULTIMODAL_GEMMA3 and name.startswith(_VISION):
         return True
+    if quantized is not None:
+        if name.endswith(_SCALES_NOT_OF_WEIGHTS):
+            return True
+        if name.endswith(".bias") and name.removesuffix("bias") + quantized.marker[0] in tensors:
+            return not any(read_bytes(tensors[name]))
     return name.endswith((".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached"))
 
 

@@ -1,8 +1,12 @@
 """Weight-only quantization of `[N, K]` matrices (N output channels): what it means, in numpy.
 
-int8: one symmetric scale for each output channel, `w ≈ scale[n] * q`, q from -127 to 127.
-int4: one symmetric scale for each group of `group_size` neighbours in K, q from -8 to 7, two in a byte along K, the
-lower K in the lower four bits. Scales may be negative: the largest magnitude of a group sits at -8.
+`w = scale * (q - zero)`, with one scale for each output channel or for each group of `group_size` neighbours in K.
+int8: q from -128 to 127, a byte each. int4: q from -8 to 7, two in a byte along K, the lower K in the lower four bits.
+fp8: q is a float8 e4m3. `zero`, an int8 of the range of q beside each scale, is there with zero points only.
+
+What is quantized here has no zero points: int8 and fp8 get one scale for each output channel, int4 one for each group,
+which may be negative: the largest magnitude of a group sits at -8. Zero points, and groups of int8 and fp8, come with
+models that are quantized already.
 """
 
 from dataclasses import dataclass
@@ -10,6 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from farrier.targets.float8 import LARGEST, from_float8, to_float8
 
 Float32 = npt.NDArray[np.float32]
 
@@ -22,16 +28,17 @@ _INT4_LEVELS = (-8.0, -8.7, -9.6)
 
 @dataclass(frozen=True)
 class Quantization:
-    """`group_size`: columns that share a scale; None for int8, whose rows have one."""
+    """`group_size`: columns that share a scale; None: all of a row. int4 and zero points always come in groups."""
 
-    kind: Literal["int8", "int4"]
+    kind: Literal["int8", "int4", "fp8"]
     group_size: int | None = None
+    zero_points: bool = False
 
     def __post_init__(self) -> None:
-        if (self.kind == "int4") != (self.group_size is not None) or not (
-            self.group_size is None or self.group_size > 0
-        ):
+        if not (self.kind != "int4" if self.group_size is None else self.group_size > 0):
             raise ValueError(f"{self.kind} cannot have groups of {self.group_size}")
+        if self.zero_points and (self.kind == "fp8" or self.group_size is None):
+            raise ValueError(f"{self.kind} with groups of {self.group_size} cannot have zero points")
 
 
 def group_size_for(columns: int, wanted: int) -> int | None:
@@ -44,20 +51,40 @@ def group_size_for(columns: int, wanted: int) -> int | None:
 
 
 def quantize(values: Float32, quantization: Quantization) -> tuple[npt.NDArray[Any], Float32]:
-    """Stored values and scales of finite `values` `[N, K]`: int8 `[N, K]` and `[N]`, or uint8 `[N, K / 2]` and
-    `[N, K / group_size]`. Rows do not depend on each other, so a matrix may be quantized in slices of rows."""
-    if quantization.kind == "int8":
-        return _quantize_int8(values)
-    assert quantization.group_size is not None
-    return _quantize_int4(values, quantization.group_size)
+    """Stored values and scales of finite `values` `[N, K]`: int8, or fp8 as uint8, `[N, K]` and `[N]`; int4 as uint8
+    `[N, K / 2]` and `[N, K / group_size]`. Rows do not depend on each other, so a matrix may be quantized in slices of
+    rows."""
+    assert not quantization.zero_points
+    if quantization.kind == "int4":
+        assert quantization.group_size is not None
+        return _quantize_int4(values, quantization.group_size)
+    assert quantization.group_size is None
+    return _quantize_int8(values) if quantization.kind == "int8" else _quantize_fp8(values)
 
 
-def dequantize(stored: npt.NDArray[Any], scale: Float32, quantization: Quantization) -> Float32:
-    """The values `[N, K]` that stored values and scales stand for."""
-    if quantization.kind == "int8":
-        return stored * scale[:, None]
-    levels = unpack_int4(stored).reshape(*scale.shape, -1)
-    return (levels * scale[:, :, None]).reshape(len(stored), -1)
+def dequantize(
+    stored: npt.NDArray[Any], scale: Float32, quantization: Quantization, zero: npt.NDArray[np.int8] | None = None
+) -> Float32:
+    """The values `[N, K]` that stored values, scales and, of the scales' shape, zero points stand for."""
+    levels = unpacked(stored, quantization.kind)
+    rows, columns = levels.shape
+    levels = levels.reshape(rows, -1, quantization.group_size or columns)
+    if zero is not None:
+        levels = levels - zero.reshape(rows, -1, 1)
+    return (levels * scale.reshape(rows, -1, 1)).reshape(rows, columns)
+
+
+def unpacked(stored: npt.NDArray[Any], kind: str) -> Float32:
+    """The numbers q, `[N, K]`."""
+    if kind == "fp8":
+        return from_float8(stored)
+    return (unpack_int4(stored) if kind == "int4" else stored).astype(np.float32)
+
+
+def pack_int4(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """`[N, K]` values from -8 to 7, of which only the lower four bits are looked at → `[N, K / 2]` bytes."""
+    nibbles = levels & np.uint8(15)
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << np.uint8(4)
 
 
 def unpack_int4(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
@@ -72,6 +99,12 @@ def _quantize_int8(values: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
     return np.rint(values / scale[:, None]).astype(np.int8), scale
 
 
+def _quantize_fp8(values: Float32) -> tuple[npt.NDArray[np.uint8], Float32]:
+    largest: Float32 = np.abs(values).max(axis=1)
+    scale = _usable(np.divide(largest, LARGEST, dtype=np.float32))
+    return to_float8(values / scale[:, None]), scale
+
+
 def _quantize_int4(values: Float32, group_size: int) -> tuple[npt.NDArray[np.uint8], Float32]:
     groups = values.reshape(len(values), -1, group_size)
     largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=2, keepdims=True), axis=2)
@@ -83,8 +116,8 @@ def _quantize_int4(values: Float32, group_size: int) -> tuple[npt.NDArray[np.uin
             error = np.square(_int4_levels(groups, scale) * scale - groups).sum(axis=2, keepdims=True)
         better = error < best_error
         best_scale, best_error = np.where(better, scale, best_scale), np.where(better, error, best_error)
-    nibbles = _int4_levels(groups, best_scale).reshape(values.shape).astype(np.int8).view(np.uint8) & np.uint8(15)
-    return nibbles[:, 0::2] | nibbles[:, 1::2] << np.uint8(4), best_scale[:, :, 0]
+    levels = _int4_levels(groups, best_scale).reshape(values.shape)
+    return pack_int4(levels.astype(np.int8).view(np.uint8)), best_scale[:, :, 0]
 
 
 def _int4_levels(groups: Float32, scale: Float32) -> Float32:

@@ -60,6 +60,27 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def read_bytes(info: TensorInfo, start: int = 0, stop: int | None = None) -> bytearray:
+    """Bytes `start` to `stop` of a tensor, all of them by default. Raises CheckpointError."""
+    data = bytearray((info.stop - info.start if stop is None else stop) - start)
+    try:
+        with info.path.open("rb", buffering=0) as file:
+            file.seek(info.start + start)
+            fill(memoryview(data), file, info.path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {info.path}: {error.strerror}") from error
+    return data
+
+
+def fill(view: memoryview, file: Any, path: Path) -> None:
+    """Fills a view of bytes from the unbuffered `file` at `path`, wherever that stands."""
+    while len(view):
+        size = file.readinto(view)
+        if not size:
+            raise CheckpointError(f"{path} became shorter while it was read")
+        view = view[size:]
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):

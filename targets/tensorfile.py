@@ -11,17 +11,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from farrier.targets.bfloat16 import from_bfloat16
 from farrier.targets.errors import CheckpointError
 from farrier.targets.safetensors_file import read_header
 
-# bf16 has no numpy type: it is seen as its bits.
-NUMPY_TYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8}
+# bf16 and fp8 have no numpy types: they are seen as their bits.
+NUMPY_TYPES: dict[str, Any] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "F8_E4M3": np.uint8,
+}
 _TRIM_SECONDS = 0.02
+
+
+def to_float32(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    """The numbers, exact, of stored F32, BF16 or F16."""
+    return from_bfloat16(values) if dtype == "BF16" else values.astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A stored tensor: safetensors dtype name, and its elements (bf16 as uint16 bits)."""
+    """A stored tensor: safetensors dtype name, and its elements (bf16 and fp8 as bits, in uint16 and uint8)."""
 
     dtype: str
     array: npt.NDArray[Any]

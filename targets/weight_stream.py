@@ -6,10 +6,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from farrier.targets.bfloat16 import from_bfloat16, to_bfloat16
+from farrier.targets.bfloat16 import to_bfloat16
 from farrier.targets.errors import CheckpointError
-from farrier.targets.hf_weights import SourceRows
-from farrier.targets.tensorfile import NUMPY_TYPES
+from farrier.targets.hf_formats import Block
+from farrier.targets.hf_source import QuantizedRows, Source, SourceRows
+from farrier.targets.quantize import unpacked
+from farrier.targets.safetensors_file import fill
+from farrier.targets.tensorfile import NUMPY_TYPES, to_float32
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -17,8 +20,8 @@ Float32 = npt.NDArray[np.float32]
 _BLOCK_VALUES = 1 << 20
 
 
-def blocks(source: SourceRows) -> Iterator[tuple[int, Array]]:
-    """(first row, rows `[n, columns]` as stored) of consecutive blocks of rows. Raises CheckpointError."""
+def blocks(source: SourceRows) -> Iterator[Array]:
+    """Rows `[n, columns]` as stored, in consecutive blocks. Raises CheckpointError."""
     dtype = NUMPY_TYPES[source.tensor.dtype]
     rows = max(1, _BLOCK_VALUES // source.columns)
     try:
@@ -26,24 +29,30 @@ def blocks(source: SourceRows) -> Iterator[tuple[int, Array]]:
             file.seek(source.tensor.start + source.first_row * source.row_bytes)
             for first in range(0, source.rows, rows):
                 block = np.empty((min(rows, source.rows - first), source.columns), dtype)
-                _fill(block, file, source)
-                yield first, block
+                fill(memoryview(block.data).cast("B"), file, source.tensor.path)
+                yield block
     except OSError as error:
         raise CheckpointError(f"cannot read {source.tensor.path}: {error.strerror}") from error
 
 
-def _fill(block: Array, file: Any, source: SourceRows) -> None:
-    view = memoryview(block.data).cast("B")
-    while len(view):
-        size = file.readinto(view)
-        if not size:
-            raise CheckpointError(f"{source.tensor.path} became shorter while it was read")
-        view = view[size:]
+def quantized_blocks(name: str, source: QuantizedRows) -> Iterator[Block]:
+    """Consecutive blocks of rows as farrier stores them. Raises CheckpointError, which calls the weight `name`."""
+    rows = range(source.first_row, source.first_row + source.rows)
+    return source.format.blocks(name, source.parts, rows, source.columns)
 
 
-def to_float32(block: Array, dtype: str) -> Float32:
-    """Values, exact, of a block of F32, BF16 or F16."""
-    return from_bfloat16(block) if dtype == "BF16" else block.astype(np.float32, copy=False)
+def float_blocks(name: str, source: Source) -> Iterator[Float32]:
+    """Consecutive blocks of rows `[n, columns]` in f32, whose numbers are those that the source stands for."""
+    if isinstance(source, SourceRows):
+        for rows in blocks(source):
+            yield to_float32(rows, source.tensor.dtype)
+        return
+    for block in quantized_blocks(name, source):
+        values = unpacked(block.values, source.format.kind)
+        if block.zero is not None:
+            values -= block.zero[:, source.groups]
+        values *= block.scale[:, source.groups]
+        yield values
 
 
 def cast(name: str, values: Float32, dtype: str) -> Array:

@@ -9,7 +9,7 @@ from farrier.targets.errors import BuildError
 
 Precision = Annotated[
     str,
-    typer.Option(help="auto (as in the model), f32, bf16, f16, int8 (per channel) or int4 (group-wise)."),
+    typer.Option(help="auto (as in the model), f32, bf16, f16, fp8 or int8 (per channel), or int4 (group-wise)."),
 ]
 Overrides = Annotated[
     list[str] | None,

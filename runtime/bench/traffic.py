@@ -9,7 +9,7 @@ from farrier.targets.decoder import is_projection
 from farrier.targets.engine import EngineConfig
 from farrier.targets.precision import precisions
 
-_BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.0, "int4": 0.5}
+_BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
 """Bytes of one weight; scales are left out."""
 
 

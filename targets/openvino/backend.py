@@ -24,6 +24,9 @@ class OpenVinoBackend:
     default_num_tokens = 512
 
     def check(self, target: Target, precisions: set[str], *, deterministic: bool) -> None:
+        if "fp8" in precisions:
+            # OpenVINO unfolds fp8 weights to f32 while it compiles: four times the memory, and no faster.
+            raise BuildError("The CPU does not run fp8 weights; choose int8 instead, with --precision or --override.")
         if deterministic:
             raise BuildError("The CPU backend has no batch-invariant mode; build without --deterministic.")
 

@@ -74,11 +74,13 @@ def _experts(spec: DecoderSpec) -> range:
 
 
 def _alike(tensors: Mapping[str, Tensor], members: tuple[str, ...]) -> bool:
-    """Whether the members' weights can stand in one matrix: same dtype, same columns, scales of the same kind."""
+    """Whether the members' weights can stand in one matrix: same dtype, same columns, scales of the same kind,
+    and all with zero points, or none."""
 
     def kind(member: str) -> tuple[Any, ...]:
         weight, scale = tensors[member + ".weight"], tensors.get(member + ".scale")
-        return (weight.dtype, weight.shape[1:], scale and (scale.dtype, scale.shape[1:]), member + ".bias" in tensors)
+        others = (member + ".zero" in tensors, member + ".bias" in tensors)
+        return (weight.dtype, weight.shape[1:], scale and (scale.dtype, scale.shape[1:]), *others)
 
     return len({kind(member) for member in members}) == 1
 

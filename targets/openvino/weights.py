@@ -23,11 +23,7 @@ class EngineWeights:
 
     def matrix(self, name: str) -> Any:
         scale = self._tensors.get(name.removesuffix(".weight") + ".scale")
-        if scale is None:
-            return self._plain(name)
-        if self._tensors[name].dtype == "I8":
-            return self._int8(name, scale)
-        return self._int4(name, scale)
+        return self._plain(name) if scale is None else self._quantized(name, scale)
 
     def rows(self, name: str, ids: Any) -> Any:
         # Converted after the gather: converting the table first would unfold a second copy of it.
@@ -44,21 +40,21 @@ class EngineWeights:
         widened.get_rt_info()["decompression_0"] = ""
         return widened
 
-    def _int8(self, name: str, scale: Tensor) -> Any:
-        """`[..., N, K]` int8, one scale per row."""
-        per_row = ops.constant(np.asarray(scale.array, np.float32)[..., None])
-        return ops.multiply(ops.convert(self._constant(name), "f32"), per_row)
-
-    def _int4(self, name: str, scale: Tensor) -> Any:
-        """`[..., N, K / 2]` packed bytes, low nibble first, one scale per group of K."""
-        packed = self._tensors[name]
-        *rows, halves = packed.shape
-        groups = scale.shape[-1]
-        shape = [*rows, groups, 2 * halves // groups]
-        constant = ops.constant(ov.Tensor(packed.array, ov.Shape(shape), ov.Type.i4), shared_memory=True)
-        per_group = ops.constant(np.asarray(scale.array, np.float32)[..., None])
-        weight = ops.multiply(ops.convert(constant, "f32"), per_group)
-        return ops.reshape(weight, np.array([*rows, 2 * halves], np.int32), False)
+    def _quantized(self, name: str, scale: Tensor) -> Any:
+        """int8 `[..., N, K]`, or int4 `[..., N, K / 2]`, low nibble first, with a scale, and perhaps a zero point, per
+        row or per group of K."""
+        stored = self._tensors[name]
+        is_int4 = stored.dtype == "U8"
+        *rows, columns = [*stored.shape[:-1], stored.shape[-1] * (2 if is_int4 else 1)]
+        in_groups = scale.array.ndim == stored.array.ndim
+        shape = [*rows, scale.shape[-1], columns // scale.shape[-1]] if in_groups else [*rows, columns]
+        shared = ov.Tensor(stored.array, ov.Shape(shape), ov.Type.i4 if is_int4 else ov.Type.i8)
+        levels = ops.convert(ops.constant(shared, shared_memory=True), "f32")
+        zero = self._tensors.get(name.removesuffix(".weight") + ".zero")
+        if zero is not None:
+            levels = ops.subtract(levels, ops.convert(ops.constant(zero.array[..., None]), "f32"))
+        weight = ops.multiply(levels, ops.constant(np.asarray(scale.array, np.float32)[..., None]))
+        return ops.reshape(weight, np.array([*rows, columns], np.int32), False) if in_groups else weight
 
     def _constant(self, name: str) -> Any:
         tensor = self._tensors[name]

@@ -12,12 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 
 from farrier.targets.checkpoint import CheckpointReader
 from farrier.targets.convert import convert
 from farrier.targets.errors import InsufficientResourcesError
-from tests.llama_folder import shapes, write_llama
+from farrier.targets.safetensors_file import DTYPE_SIZES, SafetensorsWriter
+from tests.llama_folder import CONFIG, shapes, write_llama
 
 CONVERT = """
 import json, sys
@@ -72,7 +74,7 @@ def write_large(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("precision", ["auto", "f32", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["auto", "f32", "int8", "int4", "fp8"])
 def test_memory_stays_within_two_of_the_largest_tensor_and_300_mb(large: Path, place: Path, precision: str) -> None:
     tensors = shapes(json.loads((large / "config.json").read_text()))
     largest = 2 * max(math.prod(shape) for shape in tensors.values())
@@ -82,6 +84,45 @@ def test_memory_stays_within_two_of_the_largest_tensor_and_300_mb(large: Path, p
     assert CheckpointReader(place / "checkpoint").dtype("layers.0.q.weight") == {"auto": "bf16"}.get(
         precision, precision
     )
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_memory_stays_so_where_packed_matrices_are_transposed(place: Path, method: str) -> None:
+    total = write_packed(place / "llama", method)
+    budget = 2 * 4096 * 14336 // 2 + 300_000_000
+    assert total > budget  # or the test would show nothing
+    result = finish(start(place / "llama", place / "checkpoint"))
+    assert result["peak"] <= budget
+    assert CheckpointReader(place / "checkpoint").dtype("layers.0.q.weight") == "int4"
+
+
+def write_packed(folder: Path, method: str) -> int:
+    """A Llama of four layers as AWQ or GPTQ models lie on the hub, of random numbers; returns its bytes, of which the
+    largest matrix has 29 MB."""
+    changes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_attention_heads": 32}
+    config = {**CONFIG, **changes, "num_key_value_heads": 8}
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shape in shapes(config).items():
+        if "_proj" not in name:
+            tensors[name] = ("F16", shape)
+            continue
+        rows, columns = shape
+        packed = (columns, rows // 8) if method == "awq" else (columns // 8, rows)
+        base = name.removesuffix("weight")
+        tensors[base + "qweight"] = ("I32", packed)
+        tensors[base + "qzeros"] = ("I32", (columns // 128, rows // 8))
+        tensors[base + "scales"] = ("F16", (columns // 128, rows))
+    random = np.random.default_rng(0)
+    with SafetensorsWriter(folder / "model.safetensors", tensors) as writer:
+        for name, (dtype, shape) in tensors.items():
+            size = math.prod(shape) * DTYPE_SIZES[dtype]
+            # Random bytes are no finite scales; ones will do.
+            values = np.ones(shape, np.float16) if dtype == "F16" else random.integers(0, 256, size, np.uint8)
+            writer.write(name, 0, values)
+    return (folder / "model.safetensors").stat().st_size
 
 
 def test_two_at_once_take_turns(large: Path, place: Path) -> None:

@@ -97,6 +97,23 @@ def test_int8(model: Path, out: Path) -> None:
             np.testing.assert_array_equal(checkpoint.tensor(name), value)
 
 
+def test_fp8_and_lm_head_in_int8(model: Path, out: Path) -> None:
+    convert(model, out, precision="fp8")
+    checkpoint = CheckpointReader(out)
+    for name, value in source_of(model).items():
+        if name == "lm_head.weight":
+            assert checkpoint.dtype(name) == "int8"
+        elif is_projection(name):
+            stored, scale = quantize(value, Quantization("fp8"))
+            assert checkpoint.dtype(name) == "fp8"
+            assert checkpoint.tensors[name].dtype == "F8_E4M3"
+            np.testing.assert_array_equal(checkpoint.tensor(name), stored)
+            np.testing.assert_array_equal(checkpoint.scale(name), scale)
+            np.testing.assert_array_equal(checkpoint.float32(name), dequantize(stored, scale, Quantization("fp8")))
+        else:
+            np.testing.assert_array_equal(checkpoint.tensor(name), value)
+
+
 def test_int4_in_the_largest_groups_that_fit_and_lm_head_in_int8(model: Path, out: Path) -> None:
     convert(model, out, precision="int4")
     checkpoint = CheckpointReader(out)
@@ -193,6 +210,7 @@ def test_int4_of_columns_that_no_group_divides_is_refused(tmp_path: Path, out: P
         ("bf16", {}, None),
         ("int8", {}, "int8"),
         ("int4", {}, "int8"),
+        ("fp8", {"lm_head": "fp8"}, "fp8"),
         ("int4", {"lm_head": "int4"}, "int4"),
         ("int8", {"lm_head": "auto"}, None),
         ("auto", {"lm_head": "bf16"}, "bf16"),
@@ -243,7 +261,7 @@ def test_config_says_what_the_checkpoint_is(model: Path, out: Path) -> None:
     assert config["overrides"] == [["lm_head", "bf16"]]
     assert config["eos_token_ids"] == [2, 3]
     assert set(config["sources"]) == {"config.json", "model.safetensors"}
-    assert config["quantization"]["layers.0.q.weight"] == {"kind": "int8", "group_size": None}
+    assert config["quantization"]["layers.0.q.weight"] == {"kind": "int8", "group_size": None, "zero_points": False}
     read = CheckpointReader(out).config
     assert read.spec == from_hf_config(json.loads((model / "config.json").read_text()))
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "rank0.safetensors", "tokenizer"]

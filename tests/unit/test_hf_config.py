@@ -530,7 +530,6 @@ def test_more_tokens_than_the_model_serves_are_refused() -> None:
         (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1, 2]}}, "mrope_section"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        (LLAMA, {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         (LLAMA, {"alibi": True}, "alibi"),
         (LLAMA, {"sliding_window": 1024}, "sliding_window"),
         (LLAMA, {"residual_multiplier": 0.22}, "residual_multiplier"),

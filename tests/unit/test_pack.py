@@ -78,6 +78,22 @@ def test_scales_go_with_their_rows() -> None:
     assert value(items["layers.0.gate_up.scale"], tensors).tolist() == [1.0] * 6 + [2.0] * 6
 
 
+def test_zero_points_go_with_their_rows_and_stay_apart_from_parts_without() -> None:
+    decoder = spec()
+    tensors = random_tensors(decoder)
+    for name in ("q", "k", "v", "gate", "up"):
+        rows = tensors[f"layers.0.{name}.weight"].shape[0]
+        tensors[f"layers.0.{name}.weight"] = Tensor("U8", np.zeros((rows, 4), np.uint8))
+        tensors[f"layers.0.{name}.scale"] = Tensor("F32", np.ones((rows, 2), np.float32))
+        if name != "k":
+            tensors[f"layers.0.{name}.zero"] = Tensor("I8", np.full((rows, 2), rows, np.int8))
+    items = by_name(plan(decoder, tensors))
+    assert items["layers.0.gate_up.zero"].dtype == "I8"
+    assert value(items["layers.0.gate_up.zero"], tensors).tolist() == [[6, 6]] * 12
+    assert {"layers.0.q.zero", "layers.0.v.zero", "layers.0.k.weight"} <= items.keys()
+    assert not {"layers.0.k.zero", "layers.0.qkv.weight"} & items.keys()
+
+
 def test_norms_get_their_offset_and_become_f32() -> None:
     decoder = spec(norm_unit_offset=True, sandwich_norms=True, qk_norm=True)
     tensors = random_tensors(decoder)

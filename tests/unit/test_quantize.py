@@ -1,3 +1,5 @@
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -5,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from farrier.targets.quantize import Quantization, dequantize, group_size_for, quantize, unpack_int4
+from farrier.targets.float8 import is_nan
+from farrier.targets.quantize import Quantization, dequantize, group_size_for, pack_int4, quantize, unpack_int4
 
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
-INT8 = Quantization("int8")
+INT8, FP8 = Quantization("int8"), Quantization("fp8")
 TINY = 1e-35
 """Below about this, steps are no normal numbers and values become zero."""
 
@@ -25,6 +28,33 @@ def test_int8_is_off_by_half_a_step_at_most(values: npt.NDArray[np.float32]) -> 
     assert np.abs(stored.astype(int)).max() <= 127
     error = np.abs(dequantize(stored, scale, INT8) - values)
     assert (error <= 0.501 * np.abs(values).max(axis=1, keepdims=True) / 127 + TINY).all()
+
+
+@given(matrices(24))
+def test_fp8_is_off_by_a_sixteenth_at_most(values: npt.NDArray[np.float32]) -> None:
+    """Or, below the smallest normal number, by half of the smallest step."""
+    stored, scale = quantize(values, FP8)
+    assert (stored.dtype, stored.shape) == (np.uint8, values.shape)
+    assert scale.shape == (len(values),)
+    assert not is_nan(stored).any()
+    error = np.abs(dequantize(stored, scale, FP8) - values)
+    assert (error <= np.maximum(1.001 * np.abs(values) / 16, 1.001 * scale[:, None] * 2.0**-10) + TINY).all()
+
+
+def test_fp8_reaches_its_largest_number_in_every_row() -> None:
+    values = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    stored, _ = quantize(values, FP8)
+    assert ((stored & 0x7F) == 0x7E).any(axis=1).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_zero_points_are_taken_off_before_the_scale(kind: Literal["int8", "int4"]) -> None:
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(-8, 8, (3, 8)).astype(np.int8)
+    scale, zero = rng.standard_normal((3, 2)).astype(np.float32), rng.integers(-8, 8, (3, 2)).astype(np.int8)
+    stored = pack_int4(numbers.view(np.uint8)) if kind == "int4" else numbers
+    expected = np.repeat(scale, 4, 1) * (numbers.astype(np.float32) - np.repeat(zero, 4, 1))
+    np.testing.assert_array_equal(dequantize(stored, scale, Quantization(kind, 4, True), zero), expected)
 
 
 @given(matrices(96))
@@ -58,7 +88,7 @@ def test_int4_packs_the_lower_column_into_the_lower_bits() -> None:
     np.testing.assert_array_equal(unpack_int4(packed), levels.astype(np.int8))
 
 
-@given(matrices(64), st.sampled_from([INT8, Quantization("int4", 32), Quantization("int4", 64)]))
+@given(matrices(64), st.sampled_from([INT8, FP8, Quantization("int4", 32), Quantization("int4", 64)]))
 def test_rows_do_not_depend_on_each_other(values: npt.NDArray[np.float32], quantization: Quantization) -> None:
     whole = quantize(values, quantization)
     slices = [quantize(values[row : row + 1], quantization) for row in range(len(values))]
@@ -66,7 +96,7 @@ def test_rows_do_not_depend_on_each_other(values: npt.NDArray[np.float32], quant
         np.testing.assert_array_equal(whole[part], np.concatenate([piece[part] for piece in slices]))
 
 
-@pytest.mark.parametrize("quantization", [INT8, Quantization("int4", 32)])
+@pytest.mark.parametrize("quantization", [INT8, FP8, Quantization("int4", 32)])
 def test_zeros_and_denormals_become_zeros(quantization: Quantization) -> None:
     values = np.zeros((2, 32), np.float32)
     values[1] = 1e-44
@@ -75,7 +105,7 @@ def test_zeros_and_denormals_become_zeros(quantization: Quantization) -> None:
     assert not dequantize(stored, scale, quantization).any()
 
 
-@pytest.mark.parametrize("quantization", [INT8, Quantization("int4", 32)])
+@pytest.mark.parametrize("quantization", [INT8, FP8, Quantization("int4", 32)])
 @given(arrays(np.float32, (2, 32), elements=st.floats(-(2.0**127), 2.0**127, width=32)))
 def test_whatever_is_finite_stays_finite_and_near(quantization: Quantization, values: npt.NDArray[np.float32]) -> None:
     stored, scale = quantize(values, quantization)
@@ -90,7 +120,13 @@ def test_group_sizes_fall_back_to_a_divisor(columns: int, wanted: int, size: int
     assert group_size_for(columns, wanted) == size
 
 
-@pytest.mark.parametrize(("kind", "size"), [("int8", 32), ("int4", None), ("int4", 0), ("int4", -32)])
+@pytest.mark.parametrize(("kind", "size"), [("int8", 0), ("fp8", -1), ("int4", None), ("int4", 0), ("int4", -32)])
 def test_quantizations_that_make_no_sense(kind: str, size: int | None) -> None:
     with pytest.raises(ValueError, match=kind):
         Quantization(kind, size)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "size"), [("fp8", 32), ("int8", None)])
+def test_zero_points_that_make_no_sense(kind: str, size: int | None) -> None:
+    with pytest.raises(ValueError, match=rf"{kind}.*zero points"):
+        Quantization(kind, size, zero_points=True)  # type: ignore[arg-type]
