@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from farrier.targets.checkpoint import CheckpointReader
 
 Progress = Callable[[int, int], None]
-"""(bytes done, bytes in all)"""
+"""(done, in all), in bytes or whatever the stage counts"""
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Choices:
     kv_dtype: KvDtype
     ceilings: Ceilings
     deterministic: bool
+    runs_here: bool
+    """`target` is in this machine: what is fastest can be measured."""
+    timings: Path | None = None
+    """What an earlier build measured (`model.cache`), if there was one."""
 
 
 class Backend(Protocol):
@@ -57,9 +61,10 @@ class Backend(Protocol):
         ...
 
     def pack(
-        self, checkpoint: "CheckpointReader", directory: Path, choices: Choices, progress: Progress | None
+        self, checkpoint: "CheckpointReader", directory: Path, choices: Choices, stages: Callable[[str], Progress]
     ) -> None:
-        """Writes the engine's weights, in kernel layout, into `directory`, and whatever else is decided now."""
+        """Writes the engine's weights, in kernel layout, into `directory`, and whatever else is decided now.
+        `stages` is asked once per stage, by its title, for a callback."""
         ...
 
     def load(self, directory: Path, config: EngineConfig) -> Engine: ...

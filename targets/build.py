@@ -15,7 +15,7 @@ from farrier.targets.convert import convert, converted_weights, model_files
 from farrier.targets.decoder import DecoderSpec
 from farrier.targets.digest import file_digest
 from farrier.targets.engine import Ceilings, EngineConfig, Fingerprint, KvDtype
-from farrier.targets.engine_dir import TOKENIZER_DIR, damaged_file, is_engine, read_config, write_config
+from farrier.targets.engine_dir import TIMINGS_FILE, TOKENIZER_DIR, damaged_file, is_engine, read_config, write_config
 from farrier.targets.errors import BuildError, FarrierError, InsufficientResourcesError
 from farrier.targets.hf_config import from_hf_config
 from farrier.targets.hf_quantization import source_format
@@ -101,8 +101,17 @@ def build(
         _check_resources(estimate, target, partial)
         with disk_errors(out):
             checkpoint, warnings = _checkpoint(source, partial, ceilings, options, progress)
-            choices = Choices(target, precision, kv_dtype, ceilings, options.deterministic)
-            backend.pack(checkpoint, partial, choices, progress("Packing"))
+            timings = out / TIMINGS_FILE
+            choices = Choices(
+                target,
+                precision,
+                kv_dtype,
+                ceilings,
+                options.deterministic,
+                runs_here,
+                timings if timings.is_file() else None,
+            )
+            backend.pack(checkpoint, partial, choices, progress)
             shutil.copytree(checkpoint.path / TOKENIZER_DIR, partial / TOKENIZER_DIR)
             config = EngineConfig(
                 model=options.name or checkpoint.config.model,

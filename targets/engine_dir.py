@@ -12,6 +12,8 @@ from farrier.targets.errors import EngineError, FingerprintMismatchError
 
 CONFIG_FILE = "config.json"
 TOKENIZER_DIR = "tokenizer"
+TIMINGS_FILE = "model.cache"
+"""What a build measured on its device; a rebuild need not measure it again."""
 _KIND = "farrier-engine"
 _ADAPTER = TypeAdapter(EngineConfig)
 

@@ -1,6 +1,7 @@
 """The NVIDIA backend: what it can build, what that takes, how it loads."""
 
 import importlib.util
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -60,11 +61,13 @@ class CudaBackend:
         with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as weights:
             return sum(item.size for item in items(checkpoint.spec, weights.tensors, "bf16", 0))
 
-    def pack(self, checkpoint: CheckpointReader, directory: Path, choices: Choices, progress: Progress | None) -> None:
+    def pack(
+        self, checkpoint: CheckpointReader, directory: Path, choices: Choices, stages: Callable[[str], Progress]
+    ) -> None:
         from farrier.targets.cuda.builder import write_engine  # Triton is needed only from here on
 
         with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as weights:
-            write_engine(directory / ENGINE_FILE, checkpoint.spec, weights.tensors, choices, progress)
+            write_engine(directory, checkpoint.spec, weights.tensors, choices, stages)
 
     def load(self, directory: Path, config: EngineConfig) -> Engine:
         from farrier.targets.cuda.executor import CudaEngine

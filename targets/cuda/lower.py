@@ -306,7 +306,7 @@ class _Lowering:
         if isinstance(choice, GemvTile):
             self._stream(product, choice, rows, x, norm, operands, out)
             return
-        quantized = format_ == "fp8"
+        quantized = product.quantizes_x
         if norm is not None:
             x = self._normalized(x, norm, rows, quantized=quantized)
         elif quantized:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from farrier.plugins.gemv import repack_int4
 from farrier.targets.backend import Progress
 from farrier.targets.bfloat16 import from_bfloat16, to_bfloat16
 from farrier.targets.decoder import DecoderSpec
@@ -81,8 +82,9 @@ def _chunks(item: Item, tensors: Mapping[str, Tensor]) -> Iterator[npt.NDArray[A
         assert item.values is not None
         yield item.values
         return
+    is_int4 = item.dtype == "U8"
     for chunk in item.packed.chunks(tensors):
-        yield _converted(chunk, item.packed.dtype, item.dtype)
+        yield repack_int4(chunk) if is_int4 else _converted(chunk, item.packed.dtype, item.dtype)
 
 
 def _converted(values: npt.NDArray[Any], have: str, want: str) -> npt.NDArray[Any]:

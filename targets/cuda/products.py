@@ -58,6 +58,11 @@ class Product:
         puts out."""
         return self.weight in ("bf16", "fp16") and self.softcap is None and not (self.bias and self.out_type == "fp32")
 
+    @property
+    def quantizes_x(self) -> bool:
+        """Whether many rows of x are brought to fp8: for weights in fp8 with one scale a row."""
+        return self.weight == "fp8" and self.group_size is None
+
     def tensors(self, name: str) -> dict[str, Operand]:
         """What its weight consists of in an engine file."""
         stored = {"bf16": "BF16", "fp16": "F16", "fp8": "F8_E4M3", "int8": "I8", "int4": "U8"}[self.weight]
@@ -73,7 +78,7 @@ class Product:
 
     def form(self, activation: Type) -> WeightForm:
         """How our matrix kernel takes it: fp8 weights meet fp8 activations, quantized row by row."""
-        x_type = "fp8e4nv" if self.weight == "fp8" else activation
+        x_type = "fp8e4nv" if self.quantizes_x else activation
         return WeightForm(self.weight, x_type, self.group_size or 0, self.zeros)
 
     @property

@@ -1,7 +1,7 @@
 """Which kernel is fastest for each product: measured on the device, every candidate on weights it has not cached."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -9,15 +9,15 @@ import numpy as np
 from cuda.bindings import driver
 from cuda.core import Device, EventOptions, Stream
 
-from farrier.plugins.gemv import GemvTile
-from farrier.plugins.weight_form import GemmTile
+from farrier.targets.backend import Progress
 from farrier.targets.cuda.bound import BoundStep, rows_of
 from farrier.targets.cuda.compile import compile_all, described
 from farrier.targets.cuda.device import Array, DeviceMemory, LoadedKernel, check, open_device
 from farrier.targets.cuda.library import Library
 from farrier.targets.cuda.lower import Settings, lower_product
 from farrier.targets.cuda.plan import TYPE_BYTES, Step
-from farrier.targets.cuda.products import Choice, Product, Tactics
+from farrier.targets.cuda.products import Product, Tactics
+from farrier.targets.cuda.timings import Timings, spelled
 from farrier.targets.cuda.upload import TYPES
 from farrier.targets.decoder import DecoderSpec
 
@@ -29,38 +29,13 @@ _CACHE_FACTOR = 4
 _LAUNCHES, _REPLAYS = 16, 5
 _POOL_BYTES = 1 << 26
 
-Timings = dict[str, dict[str, float]]
-"""Product's key → candidate → seconds."""
-
-
-def spelled(choice: Choice) -> str:
-    """A choice as `model.cache` has it."""
-    if choice == "library":
-        return choice
-    assert not isinstance(choice, str)
-    kind = "stream" if isinstance(choice, GemvTile) else "matrix"
-    return kind + ":" + ",".join(str(value) for value in asdict(choice).values())
-
-
-def read(text: str) -> Choice:
-    """The choice that `spelled` wrote."""
-    kind, _, fields = text.partition(":")
-    if kind == "library":
-        return "library"
-    tile: Any = GemvTile if kind == "stream" else GemmTile
-    return tile(*(int(field) for field in fields.split(",")))  # type: ignore[no-any-return]
-
-
-def fastest(timings: Timings) -> dict[str, Choice]:
-    return {key: read(min(times, key=times.__getitem__)) for key, times in timings.items() if times}
-
 
 def sweep(
     spec: DecoderSpec,
     products: Mapping[str, tuple[Product, int, bool]],
     settings: Settings,
     known: Timings,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> Timings:
     """Times every product (with its rows, and whether they are decode rows) that `known` does not hold, on this
     machine's GPU. Returns all timings."""
@@ -72,10 +47,12 @@ def sweep(
         for choice in tactics.candidates(product, rows, decode=decode)[: _MOST.get(rows, _MOST_OTHERS)]
     }
     sources = {name: source for _, _, own in candidates.values() for name, source in own.items()}
-    compiled = compile_all(sources, settings.capability, progress)
+    total = len(sources) + len(candidates)
+    compiled = compile_all(sources, settings.capability, lambda done, _: progress(done, total))
     timings: Timings = dict(known)
     with _Bench() as bench:
-        for (key, choice), (steps, buffers, own) in candidates.items():
+        for done, ((key, choice), (steps, buffers, own)) in enumerate(candidates.items()):
+            progress(len(sources) + done, total)
             product, rows, _ = wanted[key]
             kernels = {name: LoadedKernel(described(compiled[name]), compiled[name].cubin) for name in own}
             try:
@@ -84,6 +61,7 @@ def sweep(
                 for kernel in kernels.values():
                     kernel.close()
             timings.setdefault(key, {})[spelled(choice)] = seconds
+    progress(total, total)
     return timings
 
 

@@ -1,6 +1,7 @@
 """The CPU backend: what it can build, what that takes, how it loads."""
 
 import importlib.metadata
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -70,10 +71,12 @@ class OpenVinoBackend:
         with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as weights:
             return packed_bytes(plan(checkpoint.spec, weights.tensors))
 
-    def pack(self, checkpoint: CheckpointReader, directory: Path, choices: Choices, progress: Progress | None) -> None:
+    def pack(
+        self, checkpoint: CheckpointReader, directory: Path, choices: Choices, stages: Callable[[str], Progress]
+    ) -> None:
         with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as weights:
             items = plan(checkpoint.spec, weights.tensors)
-            write_engine_file(directory / ENGINE_FILE, items, weights.tensors, progress)
+            write_engine_file(directory / ENGINE_FILE, items, weights.tensors, stages("Packing"))
 
     def load(self, directory: Path, config: EngineConfig) -> Engine:
         from farrier.targets.openvino.executor import OpenVinoEngine  # OpenVINO itself is needed only from here on

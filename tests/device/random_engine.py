@@ -5,6 +5,7 @@ python tests/device/random_engine.py llama-8b out/ --precision fp8
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -102,15 +103,30 @@ class RandomTensors(Mapping[str, Tensor]):
 
 
 def write_random_engine(
-    out: Path, model: str, precision: str, ceilings: Ceilings, *, target_name: str = "auto", kv_dtype: str | None = None
+    out: Path,
+    model: str,
+    precision: str,
+    ceilings: Ceilings,
+    *,
+    target_name: str = "auto",
+    kv_dtype: str | None = None,
+    timings: Path | None = None,
 ) -> None:
-    target, _ = build_target(detect(), target_name)
+    target, runs_here = build_target(detect(), target_name)
     spec = from_hf_config(MODELS[model], max_seq_len=ceilings.max_seq_len)
     backend = CudaBackend()
     kv: Any = backend.kv_dtype(spec, target, precision, kv_dtype)  # type: ignore[arg-type]
     out.mkdir(parents=True)
     tensors = RandomTensors(spec, precision)
-    write_engine(out / ENGINE_FILE, spec, tensors, Choices(target, precision, kv, ceilings, False), None)
+    choices = Choices(target, precision, kv, ceilings, False, runs_here, timings)
+    begun = time.perf_counter()
+
+    def stage(title: str) -> Any:
+        print(f"{time.perf_counter() - begun:.1f} s: {title}", flush=True)
+        return lambda done, total: None
+
+    write_engine(out, spec, tensors, choices, stage)
+    print(f"{time.perf_counter() - begun:.1f} s: written", flush=True)
     config = EngineConfig(
         model=model,
         target=target.name,
@@ -141,9 +157,12 @@ def main() -> int:
     parser.add_argument("--max-batch-size", type=int, default=256)
     parser.add_argument("--max-num-tokens", type=int, default=8192)
     parser.add_argument("--max-seq-len", type=int, default=8192)
+    parser.add_argument("--timings", type=Path, help="model.cache of an earlier build")
     given = parser.parse_args()
     ceilings = Ceilings(given.max_batch_size, given.max_num_tokens, given.max_seq_len)
-    write_random_engine(given.out, given.model, given.precision, ceilings, target_name=given.target)
+    write_random_engine(
+        given.out, given.model, given.precision, ceilings, target_name=given.target, timings=given.timings
+    )
     return 0
 
 
