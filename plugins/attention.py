@@ -18,7 +18,7 @@ _LOG2E = math.log2(math.e)
 _MIN_ROWS = 16  # what the tensor cores multiply at least
 _SMS = 132
 _FULL_GRID = 512  # programs from which on more splits cost more than they bring, measured on an H200
-_HELD_BYTES = 256  # of K and V a thread: 64 of its registers
+_HELD_BYTES = 512  # of K and V a thread: 64 registers for K, V waits in shared memory
 _SHARED_BYTES = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10}
 
 
@@ -98,21 +98,27 @@ class DecodeAttention(Variant):
 
     def default(self, batch: int, context: int) -> "DecodeAttention":
         """This layer's kernel for `batch` sequences of up to `context` tokens each, before anything was measured."""
-        splits, block_t, warps = self._tile(batch, context)
-        return replace(self, splits=splits, block_t=block_t, warps=warps)
+        return self._with(*self._tile(batch, context))
 
     def candidates(self, batch: int, context: int) -> "list[DecodeAttention]":
         """What is worth measuring for this shape on the device, the default first; at most 24."""
-        splits, _, _ = self._tile(batch, context)
-        tried = dict.fromkeys([self._tile(batch, context)])
+        default = self._tile(batch, context)
+        tiles = dict.fromkeys([default])
         for factor in (1, 0.5, 2, 4):
+            splits = max(1, int(default[0] * factor))
             for block_t, warps in ((128, 8), (128, 4), (64, 4), (32, 4), (64, 8), (32, 2)):
-                some = max(1, int(splits * factor))
-                if some <= -(-context // block_t) and self._fits(block_t, warps):
-                    tried[(some, block_t, warps)] = None
-        return [replace(self, splits=s, block_t=t, warps=w) for s, t, w in list(tried)[:24]]
+                if splits <= -(-context // block_t) and self._fits(block_t, warps):
+                    tiles[(splits, block_t, warps)] = None
+        return [self._with(*tile) for tile in tiles][:24]
+
+    def _with(self, splits: int, block_t: int, warps: int) -> "DecodeAttention":
+        # Three stages keep a tile in flight while one is worked on; of large tiles two, and other programs on the
+        # same SM do that.
+        stages = 3 if block_t * padded(self.shape.head_dim) <= 64 * 128 else 2
+        return replace(self, splits=splits, block_t=block_t, warps=warps, stages=stages)
 
     def _tile(self, batch: int, context: int) -> tuple[int, int, int]:
+        """Splits, tokens of a tile, warps."""
         shape = self.shape
         tokens = context if shape.window is None else min(context, shape.window)
         programs = batch * shape.num_kv_heads
@@ -127,7 +133,7 @@ class DecodeAttention(Variant):
         return splits, block_t, warps
 
     def _fits(self, block_t: int, warps: int) -> bool:
-        """Whether a tile of K and V fits in the registers it is held in until the step's qkv is there."""
+        """Whether a tile of K and V is held until the step's qkv is there without spilling."""
         width = 1 if self.shape.kv_type == "fp8e4nv" else 2
         return 2 * block_t * padded(self.shape.head_dim) * width <= warps * 32 * _HELD_BYTES
 

@@ -333,9 +333,10 @@ def prefill_attention(
     d = tl.arange(0, HEAD_PAD)
     query = first_row + m // GROUP
     valid = (m < BLOCK_Q * GROUP) & (query < num_rows)
-    at = (start + query).to(tl.int64) * (NUM_HEADS * HEAD_DIM) + (kv_head * GROUP + m % GROUP) * HEAD_DIM
+    begin_at = start.to(tl.int64) * (NUM_HEADS * HEAD_DIM) + kv_head * GROUP * HEAD_DIM
+    at = (query * NUM_HEADS + m % GROUP) * HEAD_DIM
     mask = valid[:, None] & (d < HEAD_DIM)[None, :]
-    rows = tl.load(q + at[:, None] + d[None, :], mask=mask, other=0.0)
+    rows = tl.load(q + begin_at + at[:, None] + d[None, :], mask=mask, other=0.0)
     position = context + query
 
     # Tiles of tokens lie at multiples of BLOCK_T whatever the chunk: a row's sum is always taken in the same order.
@@ -380,4 +381,4 @@ def prefill_attention(
                 STAGES,
             )
     result = (acc / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + at[:, None] + d[None, :], result, mask=mask)
+    tl.store(out + begin_at + at[:, None] + d[None, :], result, mask=mask)

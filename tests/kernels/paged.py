@@ -50,8 +50,8 @@ def pool(lengths: Any, room: Any, kv_heads: int, head_dim: int, kv_type: str, ra
     for _ in range(2):
         cache = np.full_like(encode(np.zeros((num_blocks, kv_heads, 32, head_dim))), nan)
         for b, length in enumerate(lengths):
-            for position in range(max(int(length), 0)):
-                block = block_ids[block_starts[b] + position // 32]
-                cache[block, :, position % 32] = encode(random.normal(size=(kv_heads, head_dim)))
+            pages = encode(random.normal(size=(counts[b], kv_heads, 32, head_dim)))
+            pages.swapaxes(1, 2)[np.arange(counts[b] * 32).reshape(-1, 32) >= length] = nan
+            cache[block_ids[block_starts[b] : block_starts[b + 1]]] = pages
         caches.append(cache)
     return Pool(*caches, block_ids, block_starts, decode)

@@ -5,7 +5,10 @@ import pytest
 
 from farrier.plugins.attention import AttentionShape, DecodeAttention, PrefillAttention, tiles
 from farrier.plugins.reference import attention as reference
+from tests.kernels.conftest import ON_DEVICE
 from tests.kernels.paged import TYPES, pool, rotary_tables
+
+full_size = pytest.mark.skipif(not ON_DEVICE, reason="too slow in the interpreter; FARRIER_DEVICE=1 runs it on the GPU")
 
 # q, k, v and the weights are rounded to 8 (bf16) or 11 bits (fp16), the result too; values are about 1.
 TOLERANCE = {"bf16": 0.02, "fp16": 0.003}
@@ -186,29 +189,59 @@ def test_prefill_options(run, options):
     prefill(run, PrefillAttention(shape(4, 2, 32, **options), block_m=32, block_t=64), *MIXED)
 
 
+def check_chunking(run, variant, length, cuts, rows):
+    random = np.random.default_rng(1)
+    s = variant.shape
+    pages = pool([length], [0], s.num_kv_heads, s.head_dim, s.kv_type, random)
+    q = TYPES[s.act_type][0](random.normal(size=(length, s.num_heads * s.head_dim)))
+    nan = 0x7F if s.kv_type == "fp8e4nv" else 0x7FC0
+    whole = attend(run, variant, q, pages, np.array([0, length], np.int32), np.array([0], np.int32))
+    for begin, end in [
+        *((0, cut) for cut in cuts),
+        *((cut, length) for cut in cuts),
+        *((row, row + 1) for row in rows),
+    ]:
+        # what lies beyond a chunk is not in the pool yet
+        later = replace(pages, keys=pages.keys.copy(), values=pages.values.copy())
+        for slot in pages.slots(0, np.arange(end, length)):
+            later.keys[slot // 32, :, slot % 32] = later.values[slot // 32, :, slot % 32] = nan
+        starts, contexts = np.array([0, end - begin], np.int32), np.array([begin], np.int32)
+        part = attend(run, variant, q[begin:end].copy(), later, starts, contexts)
+        np.testing.assert_array_equal(part, whole[begin:end])
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 41}, {"softcap": 5.0}, {"kv_type": "fp8e4nv"}])
 @pytest.mark.parametrize("group", [1, 3])
 def test_prefill_rows_do_not_depend_on_the_chunking(run, options, group):
     variant = PrefillAttention(shape(2 * group, 2, 32, **options), block_m=32, block_t=32)
-    random = np.random.default_rng(1)
-    length = 75
-    pages = pool([length], [0], 2, 32, variant.shape.kv_type, random)
-    q = TYPES["bf16"][0](random.normal(size=(length, 2 * group * 32)))
-    whole = attend(run, variant, q, pages, np.array([0, length], np.int32), np.array([0], np.int32))
-    for cut in (1, 37, 64):
-        for begin, end in ((0, cut), (cut, length)):
-            # what lies beyond a chunk is not in the pool yet
-            later = replace(pages, keys=pages.keys.copy(), values=pages.values.copy())
-            for position in range(end, length):
-                slot = pages.slots(0, np.array(position))
-                later.keys[slot // 32, :, slot % 32] = later.values[slot // 32, :, slot % 32] = 0x7F
-            starts, contexts = np.array([0, end - begin], np.int32), np.array([begin], np.int32)
-            part = attend(run, variant, q[begin:end].copy(), later, starts, contexts)
-            np.testing.assert_array_equal(part, whole[begin:end])
-    for position in (0, 31, 70):
-        row = q[position : position + 1].copy()
-        one = attend(run, variant, row, pages, np.array([0, 1], np.int32), np.array([position], np.int32))
-        np.testing.assert_array_equal(one[0], whole[position])
+    check_chunking(run, variant, 75, cuts=(1, 37, 64), rows=(0, 31, 70))
+
+
+@full_size
+@pytest.mark.parametrize("options", [{}, {"window": 300}, {"softcap": 5.0}, {"kv_type": "fp8e4nv"}])
+@pytest.mark.parametrize(("heads", "head_dim"), [(32, 128), (28, 128), (16, 256)])
+def test_rows_do_not_depend_on_the_chunking(run, options, heads, head_dim):
+    variant = PrefillAttention(shape(heads, 4, head_dim, **options)).default(90)
+    check_chunking(run, variant, 1000, cuts=(1, 128, 333, 512, 999), rows=(0, 127, 128, 640, 999))
+
+
+@full_size
+@pytest.mark.parametrize("options", [{}, {"window": 1000}, {"softcap": 30.0}, {"kv_type": "fp8e4nv"}])
+@pytest.mark.parametrize(("batch", "context"), [(1, 300), (1, 4096), (16, 1024), (64, 300)])
+def test_decode_candidates(run, options, batch, context):
+    layer = DecodeAttention(shape(32, 8, 128, **options), 128)
+    contexts = np.random.default_rng(2).integers(-1, context, batch)
+    contexts[0] = context - 1
+    for variant in layer.candidates(batch, context):
+        decode(run, variant, contexts)
+
+
+@full_size
+@pytest.mark.parametrize("options", [{}, {"window": 100}, {"softcap": 30.0}, {"kv_type": "fp8e4nv"}])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_prefill_candidates(run, options, head_dim):
+    for variant in PrefillAttention(shape(8, 2, head_dim, **options)).candidates(90):
+        prefill(run, variant, [0, 700, 300, -1], [513, 1, 300, 5])
 
 
 def test_tiles_cover_every_row_once():
