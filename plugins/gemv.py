@@ -81,6 +81,8 @@ class Gemv(Variant):
     fp8 and int8 weights have a scale for each row or, with `group_size`, for each group; int4 always has groups and is
     packed by `pack_int4`.
 
+    The type declared for weight is i32 (fp16 for fp16): threads load words. fp8 needs compute capability 8.9.
+
     Raises ValueError for what cannot be combined.
     """
 

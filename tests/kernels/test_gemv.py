@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from farrier.plugins.gemv import Gemv, GemvTile, gemv_reference, pack_int4, repack_int4
+from farrier.plugins.gemv import Gemv, GemvTile, candidates, gemv_reference, pack_int4, repack_int4
+from tests.kernels.conftest import ON_DEVICE
 from tests.kernels.interpreter import bfloat16, float8, float8_values, float32
 
 TILE = GemvTile(block_n=2, warps_n=1, warps_k=2, unroll=2)
@@ -217,3 +218,24 @@ def test_repacking_int4():
     values = np.arange(64).reshape(2, 32).astype(np.int8) % 16 - 8
     packed = (values[:, 0::2] & 15 | (values[:, 1::2] & 15) << 4).astype(np.uint8)
     np.testing.assert_array_equal(repack_int4(packed), pack_int4(values))
+
+
+@pytest.mark.skipif(not ON_DEVICE, reason="too many products for the interpreter")
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("weight", ["bf16", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_candidate_on_the_device(run, weight, rows, gated):
+    group_size = 128 if weight == "int4" else None
+    options = {"epilogue": "gated", "activation": "silu"} if gated else {}
+    for k in (4096, 14336):
+        for tile in candidates(rows, 515, k, weight, gated):
+            variant = Gemv(rows, 515, k, weight, "fp32", "fp32", tile, group_size, norm_eps=1e-5, **options)
+            _check(run, variant)
+
+
+@pytest.mark.skipif(not ON_DEVICE, reason="too large for the interpreter")
+@pytest.mark.parametrize("weight", ["bf16", "fp8", "int4"])
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 14336), (128256, 2048)])
+def test_real_sizes_on_the_device(run, weight, n, k):
+    tile = candidates(1, n, k, weight)[0]
+    _check(run, Gemv(1, n, k, weight, "bf16", "fp32", tile, 128 if weight == "int4" else None, epilogue="add"))
