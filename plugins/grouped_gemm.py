@@ -9,7 +9,7 @@ import triton.language as tl
 
 from farrier.plugins.gemm import gated
 from farrier.plugins.kernel import KernelSource
-from farrier.plugins.product import activated, after_earlier_kernels, product, scaled
+from farrier.plugins.product import activated, after_earlier_kernels, product, scaled, tile_of
 from farrier.plugins.routing import Align
 from farrier.plugins.weight_form import GemmTile, WeightForm
 
@@ -41,7 +41,7 @@ class GroupedGemm:
     out_type: Literal["bf16", "fp16", "fp32"]
     epilogue: Literal["gated", "weighted"]
     activation: Literal["silu", "gelu_tanh"] | None = None
-    bias: bool = False
+    bias: Literal["bf16", "fp16", "fp32"] | None = None
     direct: bool = False
     tma: bool = False
     pdl: bool = False
@@ -78,6 +78,8 @@ class GroupedGemm:
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
+                "GROUP_M": tile.group_m,
+                "EXPERTS": self.experts,
                 "DIRECT": self.direct,
                 "TMA": self.tma,
                 "PDL": self.pdl,
@@ -95,7 +97,8 @@ class GroupedGemm:
     def grid(self, pairs: int) -> tuple[int, int, int]:
         if self.direct and pairs > self.tile.block_m:
             raise ValueError(f"{pairs} pairs are too many for a direct product with blocks of {self.tile.block_m}.")
-        return -(-self.n // self.tile.block_n), pairs if self.direct else self.align.blocks(pairs), 1
+        blocks = pairs if self.direct else self.align.blocks(pairs)
+        return blocks * -(-self.n // self.tile.block_n), 1, 1
 
 
 @triton.jit
@@ -122,6 +125,8 @@ def grouped_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EXPERTS: tl.constexpr,
     DIRECT: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
@@ -129,8 +134,10 @@ def grouped_gemm_kernel(
     UP: tl.constexpr = 0 if ACTIVATION is None else N
     after_earlier_kernels(PDL)
 
-    n = tl.program_id(0) * BLOCK_N
-    block = tl.program_id(1)
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    blocks = P if DIRECT else P // BLOCK_M + tl.minimum(EXPERTS, P)
+    block, tile_n = tile_of(tl.program_id(0), blocks, TILES_N, GROUP_M)
+    n = tile_n * BLOCK_N
     columns = tl.arange(0, BLOCK_M)
     expert = tl.load(experts + block)
     if DIRECT:

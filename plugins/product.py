@@ -24,6 +24,15 @@ def after_earlier_kernels(PDL: tl.constexpr):
 
 
 @triton.jit
+def tile_of(program, tiles_m, TILES_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Where a program's tile lies: one after the other go through GROUP_M tiles of rows of x with each tile of W."""
+    group_first = program // (GROUP_M * TILES_N) * GROUP_M
+    group_size = tl.minimum(tiles_m - group_first, GROUP_M)
+    within = program % (GROUP_M * TILES_N)
+    return group_first + within % group_size, within // group_size
+
+
+@triton.jit
 def activated(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         y = x * tl.sigmoid(x)

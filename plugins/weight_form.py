@@ -82,7 +82,7 @@ class WeightForm:
         """Triton's name for what W is stored as."""
         return _ELEMENTS[self.format]
 
-    def argument_types(self, tile: GemmTile, x_tma: bool, tma: bool, bias: bool) -> dict[str, str]:
+    def argument_types(self, tile: GemmTile, x_tma: bool, tma: bool, bias: str | None) -> dict[str, str]:
         """Types of x, x_scale, weight, scale, zero and bias, as far as they are there."""
         columns = tile.block_k // 2 if self.format == "int4" else tile.block_k
         types = {"x": f"tensordesc<{self.x_type}[{tile.block_m},{tile.block_k}]>" if x_tma else f"*{self.x_type}"}
@@ -94,7 +94,7 @@ class WeightForm:
         if self.zeros:
             types["zero"] = "*i8"
         if bias:
-            types["bias"] = "*fp32"
+            types["bias"] = f"*{bias}"
         return types
 
     def shared_bytes(self, tile: GemmTile, matrices: int) -> int:

@@ -36,7 +36,7 @@ def check(run, variant, tokens):
     rows = variant.n * (2 if variant.epilogue == "gated" else 1)
     weights, w = random_weights(rng, variant.form, experts * rows, variant.k)
     given, x = random_activations(rng, variant.form, tokens if variant.epilogue == "gated" else pairs, variant.k)
-    biases = [rng.standard_normal(experts * rows).astype(np.float32)] if variant.bias else []
+    biases = [bits_of(rng.standard_normal(experts * rows), variant.bias)] if variant.bias else []
     # Expert 1 is nobody's; token 1 is padding, as is token 0's last choice.
     ids = rng.choice([0, *range(2, experts)], pairs).astype(np.int32)
     ids[variant.top_k - 1 : 2 * variant.top_k] = -1
@@ -45,7 +45,7 @@ def check(run, variant, tokens):
     launch(run, variant, given, weights, ids, routing, out, biases)
     got = values_of(out, variant.out_type)
     w = w.reshape(experts, rows, variant.k)
-    bias = [part.reshape(experts, rows) for part in biases]
+    bias = [values_of(part, variant.bias).reshape(experts, rows) for part in biases]
     expected = grouped_gemm(variant, x, w, ids, routing, *bias)
     assert (got[ids < 0] == 77).all()
     for pair in np.flatnonzero(ids >= 0):
@@ -69,8 +69,8 @@ def test_weight_forms(run, variant, form, direct):
 @pytest.mark.parametrize("variant", [GATED, WEIGHTED], ids=["gated", "weighted"])
 @pytest.mark.parametrize("options", [
     {"tma": True},
-    {"tma": True, "direct": True, "bias": True},
-    {"bias": True, "out_type": "bf16"},
+    {"tma": True, "direct": True, "bias": "fp32"},
+    {"bias": "bf16", "out_type": "bf16"},
     {"n": 33, "k": 96},
     {"top_k": 3},
 ])  # fmt: skip
@@ -80,7 +80,7 @@ def test_options(run, variant, options):
 
 @pytest.mark.parametrize("variant", [GATED, WEIGHTED], ids=["gated", "weighted"])
 def test_many_tokens_take_several_blocks_an_expert(run, variant):
-    check(run, variant, 60)
+    check(run, replace(variant, tile=replace(TILE, group_m=3)), 60)
 
 
 @pytest.mark.parametrize("variant", [GATED, WEIGHTED], ids=["gated", "weighted"])
