@@ -7,7 +7,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from farrier.plugins.kernel import KernelSource
+from farrier.plugins.kernel import KernelSource, PerRows, Variant
 from farrier.plugins.product import activated, after_earlier_kernels, product, scaled, tile_of
 from farrier.plugins.weight_form import GemmTile, WeightForm
 
@@ -71,7 +71,7 @@ def gemm_kernel(
 
 
 @dataclass(frozen=True)
-class Gemm:
+class Gemm(Variant):
     """y [M, n] = x [M, k] W^T.
 
     Epilogues: `store` writes y (with a `softcap`: softcap · tanh(y / softcap)); `add` adds it to the fp32 residual
@@ -124,7 +124,7 @@ class Gemm:
                 "ROW_SCALE": self.form.row_scale,
                 "EPILOGUE": self.epilogue,
                 "ACTIVATION": self.activation,
-                "SOFTCAP": self.softcap,
+                "SOFTCAP": self.softcap or None,
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
@@ -137,8 +137,9 @@ class Gemm:
             self.pdl,
         )
 
-    def grid(self, rows: int) -> tuple[int, int, int]:
-        return -(-rows // self.tile.block_m) * -(-self.n // self.tile.block_n), 1, 1
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        return (PerRows(self.tile.block_m, triton.cdiv(self.n, self.tile.block_n)),)
 
 
 def gated(gate: Any, up: Any, activation: str) -> Any:

@@ -15,6 +15,10 @@ PDL_CAPABILITY = 90
 """Programmatic dependent launch, and the instructions that go with it, exist from this compute capability on."""
 
 
+# CUtensorMapDataType counts some types in another order than the instruction that Triton names them for.
+_HOST_ELEMENT_TYPES = {8: 10, 9: 8, 10: 9}
+
+
 @dataclass(frozen=True)
 class KernelSource:
     """A kernel and all that is fixed when it is compiled.
@@ -34,14 +38,41 @@ class KernelSource:
 
 
 @dataclass(frozen=True)
+class PerRows:
+    """So many programs for rows that are counted only at launch: ceil(rows / block) · factor."""
+
+    block: int = 1
+    factor: int = 1
+
+    def count(self, rows: int) -> int:
+        return -(-rows // self.block) * self.factor
+
+
+class Variant:
+    """A kernel with its compile-time decisions made; subclasses are frozen dataclasses that say what to pass."""
+
+    def source(self) -> KernelSource:
+        raise NotImplementedError
+
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        """How many programs to launch, in up to three dimensions."""
+        raise NotImplementedError
+
+    def grid(self, rows: int = 0) -> tuple[int, ...]:
+        """`extents` for so many rows."""
+        return tuple(extent if isinstance(extent, int) else extent.count(rows) for extent in self.extents)
+
+
+@dataclass(frozen=True)
 class TensorMap:
-    """How a TMA descriptor argument is to be encoded: elements of a block, their size in bytes, swizzle mode."""
+    """How a TMA descriptor argument is to be encoded: elements of a block, their size in bytes, and the driver's
+    numbers for their type and the swizzle mode."""
 
     block: tuple[int, ...]
     element_bytes: int
     element_type: int
     swizzle: int
-    fp4_padded: bool
 
 
 @dataclass(frozen=True)
@@ -97,7 +128,12 @@ def compile_kernel(source: KernelSource, compute_capability: int) -> CompiledKer
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise ValueError(f"{function.__name__} needs scratch memory at launch, which farrier does not provide.")
     maps = tuple(
-        TensorMap(tuple(meta["block_size"]), meta["elem_size"], meta["elem_type"], meta["swizzle"], meta["fp4_padded"])
+        TensorMap(
+            tuple(meta["block_size"]),
+            meta["elem_size"],
+            _HOST_ELEMENT_TYPES.get(meta["elem_type"], meta["elem_type"]),
+            meta["swizzle"],
+        )
         for meta in metadata.tensordesc_meta
     )
     return CompiledKernel(

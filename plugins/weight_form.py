@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-FP8_CAPABILITY = 89
+FP8_CAPABILITY, TMA_CAPABILITY = 89, 90
 """fp8 exists from this compute capability on."""
 
 WeightFormat = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]

@@ -25,8 +25,8 @@ def test_routing_compiles(model, capability):
     pdl = capability == 90
     for variant in (
         TopK(experts, count, True, pdl),
-        Align(experts, 16, pdl),
-        Align(experts, 128, pdl),
+        Align(experts, count, 16, pdl),
+        Align(experts, count, 128, pdl),
         Combine(count, hidden, "fp32", "fp32", pdl=pdl),
         Combine(count, hidden, "bf16", "bf16", "store", pdl=pdl),
     ):

@@ -17,17 +17,17 @@ WEIGHTED = GroupedGemm(5, 2, 40, 64, BF16, TILE, "fp32", "weighted")
 
 
 def launch(run, variant, given, weights, ids, routing, out, biases=()):
-    pairs = len(ids)
+    tokens = len(ids) // variant.top_k
     if variant.direct:
         order = [ids]
     else:
-        blocks = variant.align.blocks(pairs)
+        blocks = variant.align.blocks.count(tokens)
         sorted_pairs = np.zeros((blocks, variant.tile.block_m), np.int32)
         block_experts = np.zeros(blocks, np.int32)
-        run(variant.align.source(), variant.align.grid(pairs), ids, sorted_pairs, block_experts, pairs)
+        run(variant.align.source(), variant.align.grid(tokens), ids, sorted_pairs, block_experts, tokens)
         order = [block_experts, sorted_pairs]
     routings = [routing] if variant.epilogue == "weighted" else []
-    run(variant.source(), variant.grid(pairs), *given, *weights, *biases, *order, *routings, out, pairs)
+    run(variant.source(), variant.grid(tokens), *given, *weights, *biases, *order, *routings, out, tokens)
 
 
 def check(run, variant, tokens):
@@ -97,8 +97,8 @@ def test_direct_and_sorted_agree_bit_by_bit(run, variant):
 
 
 def test_too_many_pairs_for_a_direct_product_are_refused():
-    with pytest.raises(ValueError, match="too many"):
-        replace(GATED, direct=True).grid(17)
+    with pytest.raises(ValueError, match="sort them"):
+        replace(GATED, direct=True).grid(9)
 
 
 def test_a_layer_of_experts(run):
@@ -118,8 +118,8 @@ def test_a_layer_of_experts(run):
     residual = rng.standard_normal((tokens, hidden)).astype(np.float32)
     before = residual.copy()
     run(router.source(), router.grid(tokens), logits, np.zeros(tokens, np.int32), ids, shares, tokens)
-    run(first.source(), first.grid(pairs), x, gate_up, ids, inner_rows, pairs)
-    run(second.source(), second.grid(pairs), inner_rows, down, ids, shares, y, pairs)
+    run(first.source(), first.grid(tokens), x, gate_up, ids, inner_rows, tokens)
+    run(second.source(), second.grid(tokens), inner_rows, down, ids, shares, y, tokens)
     run(combine.source(), combine.grid(tokens), y, residual, tokens)
 
     expected_ids, expected_shares = top_k(logits, count, True)
