@@ -7,8 +7,8 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from farrier.plugins.kernel import KernelSource
-from farrier.plugins.product import activated, after_earlier_kernels, product, scaled
+from farrier.plugins.kernel import KernelSource, PerRows, Variant
+from farrier.plugins.product import activated, after_earlier_kernels, product, scaled, tile_of
 from farrier.plugins.weight_form import GemmTile, WeightForm
 
 
@@ -42,13 +42,9 @@ def gemm_kernel(
     UP: tl.constexpr = N if EPILOGUE == "gated" else 0
     after_earlier_kernels(PDL)
 
-    program = tl.program_id(0)
-    group_first = program // (GROUP_M * TILES_N) * GROUP_M
-    group_size = tl.minimum(tl.cdiv(M, BLOCK_M) - group_first, GROUP_M)
-    within = program % (GROUP_M * TILES_N)
-    m = (group_first + within % group_size) * BLOCK_M
-    n = within // group_size * BLOCK_N
-
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), TILES_N, GROUP_M)
+    m = tile_m * BLOCK_M
+    n = tile_n * BLOCK_N
     rows = tl.arange(0, BLOCK_N)
     x_rows = tl.arange(0, BLOCK_M)
     # What lies past the end is computed from the last row again, and not stored.
@@ -63,7 +59,7 @@ def gemm_kernel(
     y = scaled(sums, x_scales, scale, bias, n, inside, ROW_SCALE)
     if UP > 0:
         y = activated(y, ACTIVATION) * scaled(up, x_scales, scale, bias, n + UP, inside, ROW_SCALE)
-    if SOFTCAP > 0:
+    if SOFTCAP is not None:
         y = SOFTCAP * (2 * tl.sigmoid(y * (2 / SOFTCAP)) - 1)
 
     y = tl.trans(y)
@@ -75,13 +71,13 @@ def gemm_kernel(
 
 
 @dataclass(frozen=True)
-class Gemm:
+class Gemm(Variant):
     """y [M, n] = x [M, k] W^T.
 
-    Epilogues: `store` writes y (`softcap` > 0: as softcap · tanh(y / softcap)); `add` adds it to the fp32 residual
-    that `out` is; `gated`: W has 2n rows, gates first, and activation(gate) · up [M, n] is written. `bias`: fp32, one
-    per row of W. `tma`: x and W are given as descriptors with blocks (block_m, block_k) and (block_n, block_k), from
-    compute capability 9.0 on; x may then describe more than M rows, whatever is in them.
+    Epilogues: `store` writes y (with a `softcap`: softcap · tanh(y / softcap)); `add` adds it to the fp32 residual
+    that `out` is; `gated`: W has 2n rows, gates first, and activation(gate) · up [M, n] is written. `bias`: the type of
+    one number per row of W. `tma`: x and W are given as descriptors with blocks (block_m, block_k) and (block_n,
+    block_k), from compute capability 9.0 on; x may then describe more than M rows, whatever is in them.
 
     Deterministic: for one tile, a row of y depends on its row of x alone, bit by bit; not on M, nor on where it lies.
 
@@ -96,8 +92,8 @@ class Gemm:
     out_type: Literal["bf16", "fp16", "fp32"]
     epilogue: Literal["store", "add", "gated"] = "store"
     activation: Literal["silu", "gelu_tanh"] | None = None
-    bias: bool = False
-    softcap: float = 0.0
+    bias: Literal["bf16", "fp16", "fp32"] | None = None
+    softcap: float | None = None
     tma: bool = False
     pdl: bool = False
 
@@ -128,7 +124,7 @@ class Gemm:
                 "ROW_SCALE": self.form.row_scale,
                 "EPILOGUE": self.epilogue,
                 "ACTIVATION": self.activation,
-                "SOFTCAP": self.softcap,
+                "SOFTCAP": self.softcap or None,
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
@@ -141,8 +137,9 @@ class Gemm:
             self.pdl,
         )
 
-    def grid(self, rows: int) -> tuple[int, int, int]:
-        return -(-rows // self.tile.block_m) * -(-self.n // self.tile.block_n), 1, 1
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        return (PerRows(self.tile.block_m, triton.cdiv(self.n, self.tile.block_n)),)
 
 
 def gated(gate: Any, up: Any, activation: str) -> Any:

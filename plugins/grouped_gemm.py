@@ -8,28 +8,29 @@ import triton
 import triton.language as tl
 
 from farrier.plugins.gemm import gated
-from farrier.plugins.kernel import KernelSource
-from farrier.plugins.product import activated, after_earlier_kernels, product, scaled
+from farrier.plugins.kernel import KernelSource, PerRows, Variant
+from farrier.plugins.product import activated, after_earlier_kernels, product, scaled, tile_of
 from farrier.plugins.routing import Align
 from farrier.plugins.weight_form import GemmTile, WeightForm
 
 
 @dataclass(frozen=True)
-class GroupedGemm:
+class GroupedGemm(Variant):
     """The first or the second product of the experts, over pairs (see `routing`). W is [experts, rows, k], of the form
     that `Gemm` takes with rows and experts counted through; so are scale, zero and bias.
 
-    `gated`: W has 2n rows an expert; x [T, k] are tokens and out [P, n] is activation(gate) · up of each pair.
-    `weighted`: W has n rows; x [P, k] and out [P, n] are pairs, out times the pair's routing weight.
+    There are P = T · top_k pairs. `gated`: W has 2n rows an expert; x [T, k] are tokens and out [P, n] is
+    activation(gate) · up of each pair. `weighted`: W has n rows; x [P, k] and out [P, n] are pairs, out times the
+    pair's routing weight.
 
-    `direct`: for P <= block_m pairs; no sorting. A program per pair: the first of each expert computes all of that
-    expert's, so that its weights are read once. Otherwise pairs come sorted by `Align` with block = block_m.
+    `direct`: for at most block_m pairs, without sorting. A program per pair: the first of each expert computes all of
+    that expert's, so that its weights are read once. Otherwise pairs come sorted by `align`.
     `tma`: W as a descriptor [experts · rows, k] with blocks (block_n, block_k).
     Rows of out whose expert is negative are not written. Deterministic as `Gemm` is.
 
     Run-time arguments: x, x_scale fp32 [rows of x] (fp8e4nv x), weight, scale, zero, bias (as far as there are such),
     experts i32 (`direct`: the ids [P], else block_experts), pairs i32 (not `direct`), routing fp32 [P] (`weighted`),
-    out, P.
+    out, T.
     """
 
     experts: int
@@ -41,7 +42,7 @@ class GroupedGemm:
     out_type: Literal["bf16", "fp16", "fp32"]
     epilogue: Literal["gated", "weighted"]
     activation: Literal["silu", "gelu_tanh"] | None = None
-    bias: bool = False
+    bias: Literal["bf16", "fp16", "fp32"] | None = None
     direct: bool = False
     tma: bool = False
     pdl: bool = False
@@ -58,7 +59,7 @@ class GroupedGemm:
             arguments["pairs"] = "*i32"
         if self.epilogue == "weighted":
             arguments["routing"] = "*fp32"
-        arguments |= {"out": f"*{self.out_type}", "P": "i32"}
+        arguments |= {"out": f"*{self.out_type}", "T": "i32"}
         absent = {
             name: None for name in ("x_scale", "scale", "zero", "bias", "pairs", "routing") if name not in arguments
         }
@@ -78,6 +79,10 @@ class GroupedGemm:
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
+                "GROUP_M": tile.group_m,
+                "TOP_K": self.top_k,
+                "BLOCKS_TOKENS": self._blocks.block,
+                "BLOCKS": self._blocks.factor,
                 "DIRECT": self.direct,
                 "TMA": self.tma,
                 "PDL": self.pdl,
@@ -90,12 +95,22 @@ class GroupedGemm:
     @property
     def align(self) -> Align:
         """What sorts the pairs for this product."""
-        return Align(self.experts, self.tile.block_m, self.pdl)
+        return Align(self.experts, self.top_k, self.tile.block_m, self.pdl)
 
-    def grid(self, pairs: int) -> tuple[int, int, int]:
-        if self.direct and pairs > self.tile.block_m:
-            raise ValueError(f"{pairs} pairs are too many for a direct product with blocks of {self.tile.block_m}.")
-        return -(-self.n // self.tile.block_n), pairs if self.direct else self.align.blocks(pairs), 1
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        blocks, tiles = self._blocks, triton.cdiv(self.n, self.tile.block_n)
+        return (PerRows(blocks.block, blocks.factor * tiles),)
+
+    def grid(self, rows: int = 0) -> tuple[int, ...]:
+        """For so many tokens. Raises ValueError for more than a direct product can take."""
+        if self.direct and rows * self.top_k > self.tile.block_m:
+            raise ValueError(f"{rows} tokens have more than {self.tile.block_m} pairs: sort them by expert.")
+        return super().grid(rows)
+
+    @property
+    def _blocks(self) -> PerRows:
+        return PerRows(1, self.top_k) if self.direct else self.align.blocks
 
 
 @triton.jit
@@ -110,7 +125,7 @@ def grouped_gemm_kernel(
     pairs,
     routing,
     out,
-    P,
+    T,
     N: tl.constexpr,
     K: tl.constexpr,
     X_PAIRS: tl.constexpr,
@@ -122,6 +137,10 @@ def grouped_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCKS_TOKENS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     DIRECT: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
@@ -129,12 +148,14 @@ def grouped_gemm_kernel(
     UP: tl.constexpr = 0 if ACTIVATION is None else N
     after_earlier_kernels(PDL)
 
-    n = tl.program_id(0) * BLOCK_N
-    block = tl.program_id(1)
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    blocks = tl.cdiv(T, BLOCKS_TOKENS) * BLOCKS
+    block, tile_n = tile_of(tl.program_id(0), blocks, TILES_N, GROUP_M)
+    n = tile_n * BLOCK_N
     columns = tl.arange(0, BLOCK_M)
     expert = tl.load(experts + block)
     if DIRECT:
-        mine = (tl.load(experts + columns, mask=columns < P, other=-1) == expert) & (expert >= 0)
+        mine = (tl.load(experts + columns, mask=columns < T * TOP_K, other=-1) == expert) & (expert >= 0)
         # Columns of nobody repeat this program's pair, and are not stored.
         pair = tl.where(mine, columns, block)
         needed = (expert >= 0) & (tl.min(tl.where(mine, columns, BLOCK_M)) == block)

@@ -24,6 +24,15 @@ def after_earlier_kernels(PDL: tl.constexpr):
 
 
 @triton.jit
+def tile_of(program, tiles_m, TILES_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Where a program's tile lies: one after the other go through GROUP_M tiles of rows of x with each tile of W."""
+    group_first = program // (GROUP_M * TILES_N) * GROUP_M
+    group_size = tl.minimum(tiles_m - group_first, GROUP_M)
+    within = program % (GROUP_M * TILES_N)
+    return group_first + within % group_size, within // group_size
+
+
+@triton.jit
 def activated(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         y = x * tl.sigmoid(x)
@@ -60,7 +69,7 @@ def weight_tile(
     TMA: tl.constexpr,
 ):
     """W[first + rows, k : k + BLOCK_K] as TYPE, [BLOCK_N, BLOCK_K]; past K it is zero. A scale per row is left out."""
-    PACKED: tl.constexpr = 8 if WEIGHT == "int4" else 1
+    PACKED: tl.constexpr = 2 if WEIGHT == "int4" else 1
     WIDTH: tl.constexpr = BLOCK_K // PACKED
     PITCH: tl.constexpr = K // PACKED
     if TMA:
@@ -72,10 +81,12 @@ def weight_tile(
     if WEIGHT == "int8":
         value = (raw.to(tl.uint8, bitcast=True).to(tl.uint32) ^ _BIASED_8).to(tl.float32, bitcast=True) - _BIAS_8
     elif WEIGHT == "int4":
-        each = tl.arange(0, 8)[None, None, :]
-        bits = raw.to(tl.uint32, bitcast=True)[:, :, None] >> (each // 2 * 4 + each % 2 * 16).to(tl.uint32)
-        value = ((bits & 15) ^ _BIASED_4).to(tl.float32, bitcast=True) - _BIAS_4
-        value = tl.reshape(value, (BLOCK_N, BLOCK_K))
+        bits = raw.to(tl.uint32)
+        low = ((bits & 15) ^ _BIASED_4).to(tl.float32, bitcast=True) - _BIAS_4
+        high = ((bits >> 4) ^ _BIASED_4).to(tl.float32, bitcast=True) - _BIAS_4
+        # A word's bytes hold 0 2, 4 6, 1 3 and 5 7.
+        value = tl.reshape(tl.join(low, high), (BLOCK_N, BLOCK_K // 8, 2, 4))
+        value = tl.reshape(tl.permute(value, 0, 1, 3, 2), (BLOCK_N, BLOCK_K))
     else:
         value = raw
     if GROUP > 0:

@@ -10,14 +10,14 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from farrier.plugins.kernel import KernelSource
+from farrier.plugins.kernel import KernelSource, PerRows, Variant
 from farrier.plugins.product import after_earlier_kernels
 
 _CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Variant):
     """The experts of each token: softmax over all of them, the top_k most likely (of equals the first), their
     probabilities as weights; with `renormalize` divided by their sum.
 
@@ -48,8 +48,9 @@ class TopK:
         }
         return KernelSource(top_k_kernel, arguments, constants, 4, 1, self.pdl)
 
-    def grid(self, tokens: int) -> tuple[int, int, int]:
-        return -(-tokens // self.block_t), 1, 1
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        return (PerRows(self.block_t),)
 
 
 @triton.jit
@@ -94,25 +95,32 @@ def top_k_kernel(
 
 
 @dataclass(frozen=True)
-class Align:
+class Align(Variant):
     """Pairs sorted by expert, stably, each expert's filled up to whole blocks of `block` pairs.
 
-    Run-time arguments: ids i32 [P] (negative: nobody), out: pairs i32 [blocks(P), block] (-1: filling),
-    block_experts i32 [blocks(P)] (-1: block not needed, whose pairs are not written), P.
+    Run-time arguments: ids i32 [T, top_k] (negative: nobody), out: pairs i32 [blocks, block] (-1: filling),
+    block_experts i32 [blocks] (-1: block not needed, whose pairs are not written), T. There are `blocks.count(T)`.
     """
 
     experts: int
+    top_k: int
     block: int
     pdl: bool = False
 
-    def blocks(self, pairs: int) -> int:
-        """The most blocks that P pairs can need."""
-        return pairs // self.block + min(self.experts, pairs)
+    @property
+    def blocks(self) -> PerRows:
+        """At least as many blocks as T tokens can need: one that is not full for each expert, beside the full ones.
+        Counted for so many tokens at once as fill about one block an expert."""
+        tokens = triton.cdiv(self.experts * self.block, self.top_k)
+        return PerRows(tokens, self.experts + triton.cdiv(tokens * self.top_k, self.block))
 
     def source(self) -> KernelSource:
-        arguments = {"ids": "*i32", "pairs": "*i32", "block_experts": "*i32", "P": "i32"}
+        arguments = {"ids": "*i32", "pairs": "*i32", "block_experts": "*i32", "T": "i32"}
         constants = {
             "E": self.experts,
+            "TOP_K": self.top_k,
+            "BLOCKS_TOKENS": self.blocks.block,
+            "BLOCKS": self.blocks.factor,
             "BLOCK_E": max(32, triton.next_power_of_2(self.experts)),
             "BLOCK": self.block,
             "CHUNK": _CHUNK,
@@ -120,8 +128,9 @@ class Align:
         }
         return KernelSource(align_kernel, arguments, constants, 4, 1, self.pdl)
 
-    def grid(self, pairs: int) -> tuple[int, int, int]:
-        return self.experts, 1, 1
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        return (self.experts,)
 
 
 @triton.jit
@@ -129,8 +138,11 @@ def align_kernel(
     ids,
     pairs,
     block_experts,
-    P,
+    T,
     E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCKS_TOKENS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -139,6 +151,7 @@ def align_kernel(
     after_earlier_kernels(PDL)
     # A program per expert. Each counts everybody's pairs: cheaper than a kernel that does it before.
     expert = tl.program_id(0)
+    P = T * TOP_K
     counts = tl.zeros((BLOCK_E,), tl.int32)
     for start in range(0, P, CHUNK):
         at = start + tl.arange(0, CHUNK)
@@ -159,14 +172,14 @@ def align_kernel(
     tl.store(pairs + filling, -1, mask=filling < end * BLOCK)
 
     # Blocks after the last expert's are nobody's.
-    last = tl.where(expert == E - 1, P // BLOCK + tl.minimum(E, P), end)
+    last = tl.where(expert == E - 1, tl.cdiv(T, BLOCKS_TOKENS) * BLOCKS, end)
     for start in range(first, last, CHUNK):
         block = start + tl.arange(0, CHUNK)
         tl.store(block_experts + block, tl.where(block < end, expert, -1), mask=block < last)
 
 
 @dataclass(frozen=True)
-class Combine:
+class Combine(Variant):
     """The sum of each token's pairs, in the order of its choices: deterministic.
 
     Run-time arguments: y y_type [T · top_k, hidden], out [T, hidden] (`add`: the fp32 residual; `store`), T.
@@ -195,8 +208,9 @@ class Combine:
         arguments = {"y": f"*{self.y_type}", "out": f"*{self.out_type}", "T": "i32"}
         return KernelSource(combine_kernel, arguments, constants, 4, 1, self.pdl)
 
-    def grid(self, tokens: int) -> tuple[int, int, int]:
-        return tokens, -(-self.hidden // self.block_h), 1
+    @property
+    def extents(self) -> tuple[int | PerRows, ...]:
+        return PerRows(), triton.cdiv(self.hidden, self.block_h)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ FP8_CAPABILITY, TMA_CAPABILITY = 89, 90
 """fp8 exists from this compute capability on."""
 
 WeightFormat = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
-_ELEMENTS = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": "fp8e4nv", "int8": "i8", "int4": "i32"}
+_ELEMENTS = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": "fp8e4nv", "int8": "i8", "int4": "u8"}
 _BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "fp8e4nv": 8, "int8": 8, "int4": 4}
 
 
@@ -31,8 +31,8 @@ class WeightForm:
     """How W [n, k] lies in memory and how x is given.
 
     bf16, fp16: as x_type. fp32: what a router may have; x is brought to fp32. fp8: e4m3 [n, k]. int8: i8 [n, k]. int4:
-    i32 [n, k / 8], as `gemv.pack_int4` makes them: each of eight weights is 8 more than it stands for, and those of odd
-    index are in the upper half. fp8 and int8 have a scale fp32 [n] or, with a group_size, scale_type
+    u8 [n, k / 2] as `gemv.pack_int4` makes them: in the 32-bit word of eight weights, each 8 more than it stands for,
+    those of odd index are in the upper half. fp8 and int8 have a scale fp32 [n] or, with a group_size, scale_type
     [n, k / group_size]; int4 always has groups. `zeros`: zero i8 [n, k / group_size] is taken off before the scale is
     applied.
     x_type fp8e4nv: x has an fp32 scale per row, and so must W.
@@ -82,9 +82,9 @@ class WeightForm:
         """Triton's name for what W is stored as."""
         return _ELEMENTS[self.format]
 
-    def argument_types(self, tile: GemmTile, x_tma: bool, tma: bool, bias: bool) -> dict[str, str]:
+    def argument_types(self, tile: GemmTile, x_tma: bool, tma: bool, bias: str | None) -> dict[str, str]:
         """Types of x, x_scale, weight, scale, zero and bias, as far as they are there."""
-        columns = tile.block_k // 8 if self.format == "int4" else tile.block_k
+        columns = tile.block_k // 2 if self.format == "int4" else tile.block_k
         types = {"x": f"tensordesc<{self.x_type}[{tile.block_m},{tile.block_k}]>" if x_tma else f"*{self.x_type}"}
         if self.x_type == "fp8e4nv":
             types["x_scale"] = "*fp32"
@@ -94,7 +94,7 @@ class WeightForm:
         if self.zeros:
             types["zero"] = "*i8"
         if bias:
-            types["bias"] = "*fp32"
+            types["bias"] = f"*{bias}"
         return types
 
     def shared_bytes(self, tile: GemmTile, matrices: int) -> int:

@@ -32,18 +32,19 @@ def check(run, variant, rows, seed=0):
     gates = 2 if variant.epilogue == "gated" else 1
     weights, w = random_weights(rng, variant.form, gates * variant.n, variant.k)
     given, x = random_activations(rng, variant.form, rows, variant.k)
-    biases = [rng.standard_normal(gates * variant.n).astype(np.float32)] if variant.bias else []
+    biases = [bits_of(rng.standard_normal(gates * variant.n), variant.bias)] if variant.bias else []
+    bias = [values_of(part, variant.bias) for part in biases]
     before = rng.standard_normal((rows, variant.n)).astype(np.float32)
     out = bits_of(before, variant.out_type)
     run(variant.source(), variant.grid(rows), *given, *weights, *biases, out, rows)
-    y = gemm(replace(variant, epilogue="store", activation=None, softcap=0.0), x, w, *biases)
+    y = gemm(replace(variant, epilogue="store", activation=None, softcap=None), x, w, *bias)
     bound = error_bound(variant.form, variant.out_type, x, w, y)
     if gates == 2:
         # Activations are no steeper than 1.13, and no larger than their argument.
         gate, up = np.split(y, 2, 1)
         off_gate, off_up = np.split(bound, 2, 1)
         bound = 1.13 * (np.abs(up) + off_up) * off_gate + np.abs(gate) * off_up
-    expected = gemm(variant, x, w, *biases) + (before if variant.epilogue == "add" else 0)
+    expected = gemm(variant, x, w, *bias) + (before if variant.epilogue == "add" else 0)
     got = values_of(out, variant.out_type)
     assert (np.abs(got - expected) <= bound + 1e-6).all(), np.abs(got - expected).max()
 
@@ -56,7 +57,7 @@ def test_weight_forms(run, form, tma):
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_gated(run, form):
-    check(run, Gemm(24, 128, form, replace(TILE, block_n=16), "fp32", "gated", "silu", bias=True), 17)
+    check(run, Gemm(24, 128, form, replace(TILE, block_n=16), "fp32", "gated", "silu", bias="fp32"), 17)
 
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
@@ -73,12 +74,12 @@ def test_columns_that_are_a_multiple_of_nothing(run):
 @pytest.mark.parametrize(
     ("epilogue", "out_type", "options"),
     [
-        ("store", "bf16", {"bias": True}),
+        ("store", "bf16", {"bias": "bf16"}),
         ("store", "fp16", {"softcap": 0.5}),
-        ("add", "fp32", {"bias": True}),
+        ("add", "fp32", {"bias": "fp32"}),
         ("add", "fp32", {"tma": True}),
         ("gated", "bf16", {"activation": "gelu_tanh"}),
-        ("gated", "bf16", {"activation": "gelu_tanh", "bias": True, "tma": True}),
+        ("gated", "bf16", {"activation": "gelu_tanh", "bias": "fp32", "tma": True}),
     ],
 )
 def test_epilogues(run, epilogue, out_type, options):

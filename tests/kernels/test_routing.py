@@ -35,27 +35,30 @@ def test_top_k_names_experts_that_exist_whatever_comes(run):
     assert ((ids >= 0) & (ids < 5)).all()
 
 
-@pytest.mark.parametrize(("experts", "block"), [(8, 16), (128, 16), (60, 64), (3, 32)])
-@pytest.mark.parametrize("pairs", [1, 6, 300, 2500])
-def test_align(run, experts, block, pairs):
-    rng = np.random.default_rng(pairs)
-    ids = rng.integers(-1, experts, pairs, np.int32)
-    variant = Align(experts, block)
-    blocks = variant.blocks(pairs)
+@pytest.mark.parametrize(("experts", "count", "block"), [(8, 2, 16), (128, 8, 16), (60, 4, 64), (3, 1, 32)])
+@pytest.mark.parametrize("tokens", [1, 6, 300, 1300])
+def test_align(run, experts, count, block, tokens):
+    rng = np.random.default_rng(tokens)
+    ids = rng.integers(-1, experts, (tokens, count), np.int32)
+    variant = Align(experts, count, block)
+    blocks = variant.blocks.count(tokens)
     got, block_experts = np.full((blocks, block), 9, np.int32), np.full(blocks, 9, np.int32)
-    run(variant.source(), variant.grid(pairs), ids, got, block_experts, pairs)
-    expected, expected_experts = align(ids, experts, block)
+    run(variant.source(), variant.grid(tokens), ids, got, block_experts, tokens)
+    expected, expected_experts = align(ids.reshape(-1), experts, block)
     np.testing.assert_array_equal(got[: len(expected)], expected)
     np.testing.assert_array_equal(block_experts[: len(expected)], expected_experts)
     assert (block_experts[len(expected) :] == -1).all()
     assert (got[len(expected) :] == 9).all()
 
 
-@pytest.mark.parametrize("worst", [16, 17, 31, 33, 100])
-def test_blocks_suffice_where_every_expert_has_one_pair_too_many(run, worst):
-    ids = np.concatenate([np.arange(3, dtype=np.int32), np.repeat(np.int32(1), worst)])
-    pairs, _ = align(ids, 3, 16)
-    assert len(pairs) <= Align(3, 16).blocks(len(ids))
+@pytest.mark.parametrize(("experts", "count", "block"), [(3, 1, 16), (3, 2, 16), (8, 3, 32), (1, 1, 16)])
+def test_blocks_suffice_for_the_worst_choices(experts, count, block):
+    blocks = Align(experts, count, block).blocks
+    for tokens in range(1, 400):
+        pairs = tokens * count
+        # Every expert but the first has a single pair more than fills its blocks.
+        single = min(experts, pairs)
+        assert (pairs - single) // block + single <= blocks.count(tokens)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def random_weights(rng: Any, form: WeightForm, n: int, k: int) -> tuple[list[Any
     elif form.format == "int8":
         weight, scale = rng.integers(-128, 128, (n, k), np.int8), scale / 128
     else:
-        weight, scale = rng.integers(-(2**31), 2**31, (n, k // 8), np.int32), scale / 8
+        weight, scale = rng.integers(0, 256, (n, k // 2), np.uint8), scale / 8
     given = scale if not form.group_size else bits_of(scale, form.scale_type)
     rounded = scale if not form.group_size else values_of(given, form.scale_type)
     return [weight, given, *([] if zero is None else [zero])], unpacked(form, weight, rounded, zero)
