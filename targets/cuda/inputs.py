@@ -104,7 +104,7 @@ def fill_mixed(place: Mapping[str, Int32], batch: Batch, block_size: int, tile_r
 
 
 def attention_tiles(lengths: Int32, tile_rows: int) -> Int32:
-    """`[n, 2]`: sequence and first of its rows of each tile; the last of a sequence, which attend to most, come first."""
+    """`[n, 2]`: sequence and first of its rows of each tile; the last ones, which attend to most, come first."""
     counts = -(-lengths // tile_rows)
     sequences = np.repeat(np.arange(len(lengths), dtype=np.int32), counts)
     ends = np.cumsum(counts)
