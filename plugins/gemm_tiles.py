@@ -7,6 +7,7 @@ from farrier.plugins.weight_form import FP8_CAPABILITY, GemmTile, WeightForm
 _SHARED_BYTES = {80: 99 << 10, 87: 99 << 10, 90: 227 << 10}
 """On 8.x what every GPU of that generation has, not the 163 KiB of these two."""
 _EPILOGUE_BYTES = 1 << 10
+_FEW_ROWS = 64
 _SUMS = 128
 """Registers of a thread for sums: half of what it has. With more it spills."""
 
@@ -131,9 +132,14 @@ def gemm_tiles(form: WeightForm, gated: bool, rows: int, capability: int) -> tup
     if form.format == "fp8" and capability < FP8_CAPABILITY:
         raise ValueError(f"sm_{capability} has no fp8: convert to int8 or int4 instead.")
     table = _HOPPER if capability >= 90 else _AMPERE
-    tiles = table[min(bound for bound in table if bound >= rows)]
-    suited = (_suited(GemmTile(*tile), form, gated, capability) for tile in tiles)
-    return tuple(dict.fromkeys(tile for tile in suited if _fits(tile, form, gated, capability)))
+    rows_bound = min(bound for bound in table if bound >= rows)
+    tiles = [_suited(GemmTile(*tile), form, gated, capability) for tile in table[rows_bound]]
+    if gated and rows <= _FEW_ROWS and capability >= 90:
+        # A stage is nearly twice as large as without gates: with half as many of them, two programs share a processor
+        # and the last ones of a matrix leave fewer idle.
+        tiles = [replace(tile, stages=tile.stages // 2) for tile in tiles if tile.stages >= 6] + tiles
+        tiles.sort(key=lambda tile: 2 * _shared_bytes(tile, form, gated) > _SHARED_BYTES[capability])
+    return tuple(dict.fromkeys(tile for tile in tiles if _fits(tile, form, gated, capability)))
 
 
 def _suited(tile: GemmTile, form: WeightForm, gated: bool, capability: int) -> GemmTile:
@@ -145,8 +151,10 @@ def _suited(tile: GemmTile, form: WeightForm, gated: bool, capability: int) -> G
 
 
 def _fits(tile: GemmTile, form: WeightForm, gated: bool, capability: int) -> bool:
-    matrices = 2 if gated else 1
-    sums = tile.block_m * tile.block_n * matrices // (32 * tile.warps)
+    sums = tile.block_m * tile.block_n * (2 if gated else 1) // (32 * tile.warps)
     most = _SUMS // 2 if gated and form.format == "int4" and capability < 90 else _SUMS
-    shared = form.shared_bytes(tile, matrices) + _EPILOGUE_BYTES
-    return sums <= most and shared <= _SHARED_BYTES[capability]
+    return sums <= most and _shared_bytes(tile, form, gated) <= _SHARED_BYTES[capability]
+
+
+def _shared_bytes(tile: GemmTile, form: WeightForm, gated: bool) -> int:
+    return form.shared_bytes(tile, 2 if gated else 1) + _EPILOGUE_BYTES
