@@ -349,8 +349,8 @@ class _Lowering:
             out_type=product.out_type,
             epilogue=product.epilogue,
             activation=self.spec.activation if product.epilogue == "gated" else None,
-            bias=product.bias,
-            softcap=product.softcap or 0.0,
+            bias=self.settings.activation if product.bias else None,
+            softcap=product.softcap,
             tma=tma,
             pdl=self.settings.pdl,
         )
@@ -466,14 +466,8 @@ class _Lowering:
         expected = list(self._sources[name].arguments)
         if len(arguments) != len(expected):
             raise ValueError(f"{type(variant).__name__} takes {expected}, not {arguments}.")
-        x, y, z = (*(_extent(extent, size) for extent in _extents(variant)), 1, 1)[:3]
+        x, y, z = (*(_extent(extent, size) for extent in variant.extents), 1, 1)[:3]
         self._steps.append(Launch(name, (x, y, z), arguments))
-
-
-def _extents(variant):
-    if isinstance(variant, Gemm):
-        return (PerRows(variant.tile.block_m, -(-variant.n // variant.tile.block_n)),)
-    return variant.extents
 
 
 def _extent(extent: int | PerRows, size: Size) -> Extent:
