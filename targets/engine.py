@@ -20,7 +20,7 @@ Float32 = npt.NDArray[np.float32]
 
 KvDtype = Literal["f32", "bf16", "f16", "fp8", "u8"]
 
-ENGINE_ABI = 1
+ENGINE_ABI = 2
 """Raised whenever an engine written by an older farrier would run differently, or not at all."""
 
 

@@ -1,7 +1,9 @@
 """From canonical checkpoint tensors to the engine file: what shares an input is stored as one matrix.
 
 Fused names beside the canonical ones: `layers.N.qkv`, `layers.N.gate_up`, and `layers.N.experts.{gate,up,down}`,
-stacked `[experts, rows, columns]`. Norms and biases are f32, a norm's unit offset already added.
+stacked `[experts, rows, columns]`. Norms and biases are f32, a norm's unit offset already added. int4 is stored as
+levels from 0 to 15, with zero at 8 or at 8 + `.zero`: at batch 1 the plugin's products of unsigned levels are faster
+by a fifth.
 """
 
 import math
@@ -37,8 +39,12 @@ class Packed:
     def chunks(self, tensors: Mapping[str, Tensor]) -> Iterator[npt.NDArray[Any]]:
         for source in self.sources:
             tensor = tensors[source]
-            as_is = tensor.dtype == self.dtype and not self.offset
-            yield tensor.array if as_is else _float32(tensor) + np.float32(self.offset)
+            if tensor.dtype == "U8":
+                yield tensor.array ^ np.uint8(0x88)  # two levels in a byte, 8 added to each
+            elif tensor.dtype == self.dtype and not self.offset:
+                yield tensor.array
+            else:
+                yield _float32(tensor) + np.float32(self.offset)
 
 
 def plan(spec: DecoderSpec, tensors: Mapping[str, Tensor]) -> list[Packed]:

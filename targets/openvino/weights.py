@@ -41,17 +41,21 @@ class EngineWeights:
         return widened
 
     def _quantized(self, name: str, scale: Tensor) -> Any:
-        """int8 `[..., N, K]`, or int4 `[..., N, K / 2]`, low nibble first, with a scale, and perhaps a zero point, per
-        row or per group of K."""
+        """int8 `[..., N, K]`, or int4 as levels from 0 to 15 `[..., N, K / 2]`, low nibble first, with a scale, and
+        perhaps a zero point, per row or per group of K."""
         stored = self._tensors[name]
         is_int4 = stored.dtype == "U8"
         *rows, columns = [*stored.shape[:-1], stored.shape[-1] * (2 if is_int4 else 1)]
         in_groups = scale.array.ndim == stored.array.ndim
         shape = [*rows, scale.shape[-1], columns // scale.shape[-1]] if in_groups else [*rows, columns]
-        shared = ov.Tensor(stored.array, ov.Shape(shape), ov.Type.i4 if is_int4 else ov.Type.i8)
+        shared = ov.Tensor(stored.array, ov.Shape(shape), ov.Type.u4 if is_int4 else ov.Type.i8)
         levels = ops.convert(ops.constant(shared, shared_memory=True), "f32")
         zero = self._tensors.get(name.removesuffix(".weight") + ".zero")
-        if zero is not None:
+        if is_int4:
+            middle = np.full((1,) * len(shape), 8, np.uint8)
+            zeros = middle if zero is None else (zero.array[..., None] + np.int8(8)).view(np.uint8)
+            levels = ops.subtract(levels, ops.convert(ops.constant(zeros), "f32"))
+        elif zero is not None:
             levels = ops.subtract(levels, ops.convert(ops.constant(zero.array[..., None]), "f32"))
         weight = ops.multiply(levels, ops.constant(np.asarray(scale.array, np.float32)[..., None]))
         return ops.reshape(weight, np.array([*rows, columns], np.int32), False) if in_groups else weight

@@ -23,25 +23,26 @@ PROMPT = np.random.default_rng(1).integers(3, CONFIG["vocab_size"], 40).tolist()
 EXACT = 1e-5
 """Of the largest logprob: float32's rounding."""
 DYNAMIC = 0.03
-"""Integer weights without zero points meet activations that are quantized to 8 bits on the fly."""
+"""Integer weights meet activations that are quantized to 8 bits on the fly, but not int8 with zero points, or int4 with
+zero points in small groups."""
 
 CASES: dict[str, tuple[tuple[dict[str, Any], Packer], dict[str, Any], str, float]] = {
-    "awq": (awq(), {}, "int4", EXACT),
+    "awq": (awq(), {}, "int4", DYNAMIC),
     "gptq": (gptq(), {}, "int4", DYNAMIC),
-    "gptq with zero points": (gptq(symmetric=False), {}, "int4", EXACT),
+    "gptq with zero points": (gptq(symmetric=False), {}, "int4", DYNAMIC),
     "gptq v2 with zero points, groups of 32": (gptq(group=32, symmetric=False, layout="gptq_v2"), {}, "int4", EXACT),
     "gptq of one group": (gptq(group=-1), {}, "int4", DYNAMIC),
     "gptq of 8 bits": (gptq(8), {}, "int8", DYNAMIC),
     "gptq of 8 bits with zero points": (gptq(8, symmetric=False), {}, "int8", EXACT),
     "gptq of 8 bits per row with zero points": (gptq(8, -1, symmetric=False), {}, "int8", EXACT),
     "gptq in order of activation": (gptq(symmetric=False, shuffled=True), {"precision": "f32"}, "f32", EXACT),
-    "compressed integers": (compressed_integers(symmetric=False), {}, "int4", EXACT),
+    "compressed integers": (compressed_integers(symmetric=False), {}, "int4", DYNAMIC),
     "compressed int8": (compressed_int8(), {}, "int8", DYNAMIC),
     "fp8 per tensor": (fp8("tensor"), {"precision": "f32"}, "f32", EXACT),
     "fp8 per channel": (fp8("channel", compressed=True), {"precision": "f32"}, "f32", EXACT),
     "fp8 in blocks": (fp8("block"), {"precision": "f32"}, "f32", EXACT),
     "fp8 as int8": (fp8("channel", compressed=True), {"precision": "int8"}, "int8", 0.05),
-    "awq with overrides": (awq(), {"overrides": {"*.o": "f32", "*.up": "f32"}}, "int4", EXACT),
+    "awq with overrides": (awq(), {"overrides": {"*.o": "f32", "*.up": "f32"}}, "int4", DYNAMIC),
     "awq with an output layer in int8": (awq(), {"overrides": {"lm_head": "int8"}}, "int4", DYNAMIC),
 }
 
