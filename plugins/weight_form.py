@@ -62,11 +62,15 @@ class WeightForm:
         """Raises ValueError where k does not suit this form."""
         if self.group_size and k % self.group_size:
             raise ValueError(f"k = {k} is not a whole number of groups of {self.group_size}.")
-        if tma and (k * _BITS[self.format] % 128 or k * _BITS[self.x_type] % 128):
+        if tma and not self.suits_tma(k):
             raise ValueError(f"k = {k} makes rows that are not a multiple of 16 bytes, which TMA needs.")
         smallest = 32 if self.x_type == "fp8e4nv" else 16
         if tile.block_k < smallest:
             raise ValueError(f"block_k {tile.block_k} is less than {smallest}.")
+
+    def suits_tma(self, k: int) -> bool:
+        """Whether rows of W and of x are a multiple of 16 bytes long, as TMA wants them."""
+        return k * _BITS[self.format] % 128 == 0 and k * _BITS[self.x_type] % 128 == 0
 
     @property
     def row_scale(self) -> bool:

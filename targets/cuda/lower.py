@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from farrier.plugins.activation import Gated
@@ -10,17 +10,21 @@ from farrier.plugins.attention import AttentionShape, DecodeAttention, PrefillAt
 from farrier.plugins.draw import Draw
 from farrier.plugins.embedding import Embedding
 from farrier.plugins.gemm import Gemm
+from farrier.plugins.gemm_tiles import gemm_tiles
 from farrier.plugins.gemv import Gemv, GemvTile
+from farrier.plugins.grouped_gemm import GroupedGemm
 from farrier.plugins.kernel import PDL_CAPABILITY, KernelSource, PerRows, Variant
 from farrier.plugins.logprobs import MAX_LOGPROBS, Logprobs
 from farrier.plugins.norm import PostNormAdd, Quantize, RmsNorm
 from farrier.plugins.rope import RopeAppend
+from farrier.plugins.routing import Align, Combine, TopK
 from farrier.plugins.sampling import Adjust, Greedy, padded_vocab
-from farrier.plugins.weight_form import TMA_CAPABILITY, GemmTile
+from farrier.plugins.weight_form import TMA_CAPABILITY, GemmTile, WeightForm
 from farrier.targets.cuda.plan import Buffer, Extent, Launch, Multiply, Program, Size, Step, Type
-from farrier.targets.cuda.products import GEMV_ROWS, Choice, Epilogue, Product, Tactics
+from farrier.targets.cuda.products import GEMV_ROWS, Choice, Epilogue, Format, Product, Tactics
 from farrier.targets.decoder import DecoderSpec, LayerSpec
 from farrier.targets.engine import Ceilings
+from farrier.targets.errors import BuildError
 
 _DECODE_ROWS = (*GEMV_ROWS, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _MIXED_ROWS = (64, 256)
@@ -28,7 +32,17 @@ _CONTEXTS = (1024, 8192)
 _FEW_ROWS = 16
 """Up to so many sequences, attention is split over the context, and how finely depends on its length."""
 
-_WEIGHTS = {"BF16": "bf16", "F16": "fp16", "F8_E4M3": "fp8", "I8": "int8", "U8": "int4"}
+_DIRECT_PAIRS = 64
+"""Up to so many pairs of a token and an expert, sorting them by expert does not pay."""
+
+_WEIGHTS: dict[str, Format] = {
+    "F32": "fp32",
+    "BF16": "bf16",
+    "F16": "fp16",
+    "F8_E4M3": "fp8",
+    "I8": "int8",
+    "U8": "int4",
+}
 
 
 class Shaped(Protocol):
@@ -238,10 +252,90 @@ class _Lowering:
     def _mlp(self, index: int, layer: LayerSpec, rows: "_Rows") -> None:
         p = f"layers.{index}."
         if layer.moe:
-            raise NotImplementedError
+            self._experts(p, rows)
+            return
         self._buffer("hidden", self.settings.activation, "#T", self.spec.intermediate_size)
         self._product(p + "gate_up", "residual", "hidden", "gated", rows, norm=p + "mlp_norm.weight")
         self._joined(p + "down", "hidden", p + "mlp_post_norm.weight", rows)
+
+    def _experts(self, p: str, rows: "_Rows") -> None:
+        """Router, the chosen experts' products over pairs of a token and an expert, and their sum."""
+        spec, settings, act = self.spec, self.settings, self.settings.activation
+        experts = spec.experts
+        assert experts is not None
+        k, num, width = experts.top_k, experts.num_experts, experts.intermediate_size
+        x = self._normalized("residual", p + "mlp_norm.weight", rows, quantized=False)
+        self._buffer("router_logits", "fp32", "#T", num)
+        self._buffer("expert_ids", "i32", "#T", k)
+        self._buffer("routing", "fp32", "#T", k)
+        self._product(p + "router", x, "router_logits", "store", rows)
+        top = TopK(num, k, experts.normalize_top_k, settings.pdl)
+        # What is negative marks padding: of a decode step, the context length.
+        padding = "context_lens" if rows.kind == "decode" else "slots"
+        self._launch(top, rows.size, "router_logits", padding, "expert_ids", "routing", rows.size)
+
+        self._buffer("expert_hidden", act, "#T", k * width)
+        self._buffer("expert_out", act, "#T", k * spec.hidden_size)
+        forms = [self._expert_form(p + name) for name in ("experts.gate_up", "experts.down")]
+        tiles, direct = self._expert_tiles(forms, rows)
+        pairs = ["expert_ids"]
+        if not direct:
+            align = Align(num, k, tiles[0].block_m, settings.pdl)
+            blocks = align.blocks.count(max(settings.ceilings.max_num_tokens, rows.count))
+            self._buffer("pairs", "i32", blocks * align.block, 1)
+            self._buffer("block_experts", "i32", blocks, 1)
+            self._launch(align, rows.size, "expert_ids", "pairs", "block_experts", rows.size)
+            pairs = ["block_experts", "pairs"]
+        for name, form, tile, ins, outs in (
+            ("gate_up", forms[0], tiles[0], x, "expert_hidden"),
+            ("down", forms[1], tiles[1], "expert_hidden", "expert_out"),
+        ):
+            gated = name == "gate_up"
+            variant = GroupedGemm(
+                experts=num,
+                top_k=k,
+                n=width if gated else spec.hidden_size,
+                k=spec.hidden_size if gated else width,
+                form=form,
+                tile=tile,
+                out_type=act,
+                epilogue="gated" if gated else "weighted",
+                activation=spec.activation if gated else None,
+                direct=direct,
+                tma=settings.tma and form.suits_tma(spec.hidden_size if gated else width),
+                pdl=settings.pdl,
+            )
+            routing = [] if gated else ["routing"]
+            operands = self._operands(f"{p}experts.{name}")
+            self._launch(variant, rows.size, ins, *operands, *pairs, *routing, outs, rows.size)
+        if spec.sandwich_norms:
+            self._buffer("joining", "fp32", "#T", spec.hidden_size)
+        out = "joining" if spec.sandwich_norms else "residual"
+        epilogue: Literal["add", "store"] = "store" if spec.sandwich_norms else "add"
+        combine = Combine(k, spec.hidden_size, act, "fp32", epilogue, settings.pdl)
+        self._launch(combine, rows.size, "expert_out", out, rows.size)
+        if spec.sandwich_norms:
+            self._post_norm(p + "mlp_post_norm.weight", rows)
+
+    def _expert_form(self, name: str) -> WeightForm:
+        format_, _, group_size = self._stored(name)
+        return WeightForm(format_, self.settings.activation, group_size or 0, name + ".zero" in self.weights)
+
+    def _expert_tiles(self, forms: list[WeightForm], rows: "_Rows") -> tuple[list[GemmTile], bool]:
+        """A tile for each of both products, with blocks of as many pairs, and whether pairs need no sorting."""
+        experts, capability = self.spec.experts, self.settings.capability
+        assert experts is not None
+        pairs = rows.count * experts.top_k
+        direct = rows.kind == "decode" and pairs <= _DIRECT_PAIRS
+        # Deterministic: the same blocks for any number of tokens.
+        each = _DIRECT_PAIRS if self.settings.deterministic else max(1, pairs // experts.num_experts)
+        wanted = gemm_tiles(forms[0], True, pairs if direct else each, capability)
+        first = next((tile for tile in wanted if not direct or tile.block_m >= pairs), None)
+        if first is None:
+            first = replace(wanted[0], block_m=_DIRECT_PAIRS)
+        second = gemm_tiles(forms[1], False, first.block_m, capability)
+        alike = next((tile for tile in second if tile.block_m == first.block_m), None)
+        return [first, alike or replace(second[0], block_m=first.block_m)], direct
 
     def _joined(self, name: str, x: str, post_norm: str, rows: "_Rows") -> None:
         """residual += x @ weightᵀ, normalized on the way where the model does that."""
@@ -250,8 +344,11 @@ class _Lowering:
             return
         self._buffer("joining", "fp32", "#T", self.spec.hidden_size)
         self._product(name, x, "joining", "store", rows)
+        self._post_norm(post_norm, rows)
+
+    def _post_norm(self, name: str, rows: "_Rows") -> None:
         variant = PostNormAdd(self.spec.hidden_size, self.spec.norm_eps, pdl=self.settings.pdl)
-        self._launch(variant, rows.size, "joining", post_norm, "residual")
+        self._launch(variant, rows.size, "joining", name, "residual")
 
     def _logits(self, rows: "_Rows") -> None:
         name = "lm_head" if "lm_head.weight" in self.weights else "embed"
@@ -282,16 +379,12 @@ class _Lowering:
         norm: str | None = None,
         softcap: float | None = None,
     ) -> None:
-        weight, scale = self.weights[name + ".weight"], self.weights.get(name + ".scale")
-        format_ = _WEIGHTS[weight.dtype]
-        n = weight.shape[0]
-        k = weight.shape[1] * (2 if format_ == "int4" else 1)
-        grouped = scale is not None and len(scale.shape) == 2 and scale.shape[1] > 1
+        format_, (n, k), group_size = self._stored(name)
         product = Product(
             n=n,
             k=k,
             weight=format_,
-            group_size=k // scale.shape[1] if grouped and scale is not None else None,
+            group_size=group_size,
             zeros=name + ".zero" in self.weights,
             epilogue=epilogue,
             normed=norm is not None,
@@ -301,8 +394,7 @@ class _Lowering:
         )
         choice = self.tactics.choose(product, rows.count, decode=rows.kind == "decode")
         self._products[product.key(rows.count)] = (product, rows.count, rows.kind == "decode")
-        operands = [name + ".weight"]
-        operands += [name + suffix for suffix in (".scale", ".zero", ".bias") if name + suffix in self.weights]
+        operands = self._operands(name)
         if isinstance(choice, GemvTile):
             self._stream(product, choice, rows, x, norm, operands, out)
             return
@@ -315,6 +407,23 @@ class _Lowering:
             self._multiply(product, choice, rows, x, operands, out)
         else:
             self._library(product, rows, x, operands, out)
+
+    def _stored(self, name: str) -> tuple[Format, tuple[int, int], int | None]:
+        """How a weight is stored: format, [n, k], and group size if its scales come in groups."""
+        if name + ".weight" not in self.weights:
+            raise BuildError(
+                f"A GPU engine keeps {name.rpartition('.')[2].replace('_', ' and ')} in one precision; override the "
+                f"matrices of {name.rpartition('.')[0]} that share an input together."
+            )
+        weight, scale = self.weights[name + ".weight"], self.weights.get(name + ".scale")
+        format_ = _WEIGHTS[weight.dtype]
+        k = weight.shape[1] * (2 if format_ == "int4" else 1)
+        in_groups = scale is not None and len(scale.shape) == 2
+        return format_, (weight.shape[0], k), k // scale.shape[1] if in_groups and scale is not None else None
+
+    def _operands(self, name: str) -> list[str]:
+        suffixes = (".scale", ".zero", ".bias")
+        return [name + ".weight", *(name + suffix for suffix in suffixes if name + suffix in self.weights)]
 
     def _stream(
         self, product: Product, tile: GemvTile, rows: "_Rows", x: str, norm: str | None, operands: list[str], out: str
@@ -340,11 +449,12 @@ class _Lowering:
 
     def _multiply(self, product: Product, tile: GemmTile, rows: "_Rows", x: str, operands: list[str], out: str) -> None:
         x_type = self._buffers[x].type
-        tma = self.settings.tma and product.suits_tma
+        form = product.form(self.settings.activation)
+        tma = self.settings.tma and form.suits_tma(product.k)
         variant = Gemm(
             n=product.columns,
             k=product.k,
-            form=product.form(self.settings.activation),
+            form=form,
             tile=tile,
             out_type=product.out_type,
             epilogue=product.epilogue,
@@ -456,6 +566,8 @@ class _Lowering:
         known = self._buffers.get(name)
         if known is not None:
             columns = max(columns, known.columns)
+            if isinstance(rows, int) and isinstance(known.rows, int):
+                rows = max(rows, known.rows)
         self._buffers[name] = Buffer(name, type_, rows, columns)
 
     def _launch(self, variant: Variant, size: Size, *arguments: str) -> None:

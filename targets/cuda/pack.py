@@ -13,10 +13,11 @@ from farrier.plugins.gemv import repack_int4
 from farrier.targets.backend import Progress
 from farrier.targets.bfloat16 import from_bfloat16, to_bfloat16
 from farrier.targets.decoder import DecoderSpec
-from farrier.targets.openvino.pack import Packed, plan
+from farrier.targets.packing import Packed, plan
 from farrier.targets.safetensors_file import DTYPE_SIZES, SafetensorsWriter
 from farrier.targets.tensorfile import Tensor
 
+_EXPERT_PARTS = {"gate_up": ("gate", "up"), "down": ("down",)}
 _FLOATS = ("F32", "F16", "BF16")
 _SAFETENSORS_TYPES = {"bf16": "BF16", "fp16": "F16"}
 
@@ -39,12 +40,15 @@ class Item:
 def items(spec: DecoderSpec, tensors: Mapping[str, Tensor], activation: str, max_seq_len: int) -> list[Item]:
     """Everything but kernels and plan. Matrices that are not quantized, and biases, get the activations' type."""
     result = []
-    for packed in plan(spec, tensors):
-        dtype = packed.dtype
-        is_norm = packed.name.endswith("norm.weight")
-        if dtype in _FLOATS and not is_norm and not packed.name.endswith(".scale"):
+    for packed in plan(spec, tensors, _EXPERT_PARTS):
+        dtype, shape = packed.dtype, packed.shape
+        if packed.name.endswith("router.weight"):
+            dtype = "F32"  # who is chosen hangs on it
+        elif dtype in _FLOATS and not packed.name.endswith(("norm.weight", ".scale")):
             dtype = _SAFETENSORS_TYPES[activation]
-        result.append(Item(packed.name, dtype, packed.shape, packed))
+        if ".experts." in packed.name:
+            shape = (shape[0] * shape[1], *shape[2:])
+        result.append(Item(packed.name, dtype, shape, packed))
     for index, rope in enumerate(spec.ropes):
         for name, table in zip(("cos", "sin"), rope.tables(max_seq_len), strict=True):
             result.append(Item(f"rope.{index}.{name}", "F32", table.shape, values=table))

@@ -12,6 +12,8 @@ from farrier.plugins.weight_form import GemmTile, WeightForm
 from farrier.targets.cuda.plan import Type
 from farrier.targets.safetensors_file import DTYPE_SIZES
 
+Format = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
+_STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp8": "F8_E4M3", "int8": "I8", "int4": "U8"}
 Epilogue = Literal["store", "add", "gated"]
 Library = Literal["library"]
 Choice = GemvTile | GemmTile | Library
@@ -39,7 +41,7 @@ class Product:
 
     n: int
     k: int
-    weight: Literal["bf16", "fp16", "fp8", "int8", "int4"]
+    weight: Format
     group_size: int | None
     zeros: bool
     epilogue: Epilogue
@@ -65,9 +67,11 @@ class Product:
 
     def tensors(self, name: str) -> dict[str, Operand]:
         """What its weight consists of in an engine file."""
-        stored = {"bf16": "BF16", "fp16": "F16", "fp8": "F8_E4M3", "int8": "I8", "int4": "U8"}[self.weight]
+        stored = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp8": "F8_E4M3", "int8": "I8", "int4": "U8"}[
+            self.weight
+        ]
         parts = {name + ".weight": Operand(stored, (self.n, self.k // 2 if self.weight == "int4" else self.k))}
-        if self.weight not in ("bf16", "fp16"):
+        if self.weight in ("fp8", "int8", "int4"):
             groups = (self.k // self.group_size,) if self.group_size else ()
             parts[name + ".scale"] = Operand("F32", (self.n, *groups))
             if self.zeros:
@@ -80,11 +84,6 @@ class Product:
         """How our matrix kernel takes it: fp8 weights meet fp8 activations, quantized row by row."""
         x_type = "fp8e4nv" if self.quantizes_x else activation
         return WeightForm(self.weight, x_type, self.group_size or 0, self.zeros)
-
-    @property
-    def suits_tma(self) -> bool:
-        """Whether rows of weight and x are a multiple of 16 bytes long, as TMA wants them."""
-        return self.k % (32 if self.weight == "int4" else 16) == 0
 
     def key(self, rows: int) -> str:
         """Names this product at so many rows in `model.cache`."""
@@ -115,7 +114,7 @@ class Tactics:
     def candidates(self, product: Product, rows: int, *, decode: bool) -> list[Choice]:
         """What is worth measuring, the default first."""
         found: list[Choice] = []
-        if decode and rows in GEMV_ROWS and product.k % 32 == 0:
+        if decode and rows in GEMV_ROWS and product.k % 32 == 0 and product.weight != "fp32":
             gated = product.epilogue == "gated"
             found += gemv.candidates(rows, product.columns, product.k, product.weight, gated)
         if product.in_library:

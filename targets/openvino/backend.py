@@ -11,7 +11,8 @@ from farrier.targets.decoder import DecoderSpec
 from farrier.targets.engine import ENGINE_ABI, Engine, EngineConfig, Fingerprint, KvDtype
 from farrier.targets.errors import BuildError
 from farrier.targets.openvino.layout import BLOCK_SIZE, kv_bytes_per_block
-from farrier.targets.openvino.pack import packed_bytes, plan, write_engine_file
+from farrier.targets.openvino.pack import EXPERT_PARTS, packed_bytes, write_engine_file
+from farrier.targets.packing import plan
 from farrier.targets.target import Target
 from farrier.targets.tensorfile import TensorFile
 
@@ -69,13 +70,13 @@ class OpenVinoBackend:
 
     def packed_bytes(self, checkpoint: CheckpointReader) -> int:
         with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as weights:
-            return packed_bytes(plan(checkpoint.spec, weights.tensors))
+            return packed_bytes(plan(checkpoint.spec, weights.tensors, EXPERT_PARTS))
 
     def pack(
         self, checkpoint: CheckpointReader, directory: Path, choices: Choices, stages: Callable[[str], Progress]
     ) -> None:
         with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as weights:
-            items = plan(checkpoint.spec, weights.tensors)
+            items = plan(checkpoint.spec, weights.tensors, EXPERT_PARTS)
             write_engine_file(directory / ENGINE_FILE, items, weights.tensors, stages("Packing"))
 
     def load(self, directory: Path, config: EngineConfig) -> Engine:

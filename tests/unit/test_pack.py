@@ -8,7 +8,8 @@ import pytest
 from farrier.targets.bfloat16 import to_bfloat16
 from farrier.targets.decoder import DecoderSpec, ExpertSpec, LayerSpec, RopeSpec
 from farrier.targets.errors import BuildError
-from farrier.targets.openvino.pack import Packed, packed_bytes, plan, write_engine_file
+from farrier.targets.openvino.pack import EXPERT_PARTS, packed_bytes, write_engine_file
+from farrier.targets.packing import Packed, plan
 from farrier.targets.tensorfile import Tensor, TensorFile
 
 
@@ -46,7 +47,7 @@ def value(item: Packed, tensors: Mapping[str, Tensor]) -> np.ndarray:
 def test_products_of_one_input_are_one_matrix() -> None:
     decoder = spec(qkv_bias=True)
     tensors = random_tensors(decoder)
-    items = by_name(plan(decoder, tensors))
+    items = by_name(plan(decoder, tensors, EXPERT_PARTS))
     assert items["layers.0.qkv.weight"].shape == (16, 8)
     parts = [tensors[f"layers.0.{name}.weight"].array for name in ("q", "k", "v")]
     np.testing.assert_array_equal(value(items["layers.0.qkv.weight"], tensors), np.concatenate(parts))
@@ -61,7 +62,7 @@ def test_parts_of_different_precision_stay_apart() -> None:
     tensors = random_tensors(decoder)
     k = tensors["layers.0.k.weight"]
     tensors["layers.0.k.weight"] = Tensor("BF16", to_bfloat16(k.array))
-    items = by_name(plan(decoder, tensors))
+    items = by_name(plan(decoder, tensors, EXPERT_PARTS))
     assert {f"layers.0.{name}.weight" for name in ("q", "k", "v")} <= items.keys()
     assert items["layers.0.k.weight"].dtype == "BF16"
     assert "layers.0.gate_up.weight" in items
@@ -73,7 +74,7 @@ def test_scales_go_with_their_rows() -> None:
     for name in ("gate", "up"):
         tensors[f"layers.0.{name}.weight"] = Tensor("I8", np.full((6, 8), 3, np.int8))
         tensors[f"layers.0.{name}.scale"] = Tensor("F32", np.full(6, {"gate": 1.0, "up": 2.0}[name], np.float32))
-    items = by_name(plan(decoder, tensors))
+    items = by_name(plan(decoder, tensors, EXPERT_PARTS))
     assert items["layers.0.gate_up.weight"].dtype == "I8"
     assert value(items["layers.0.gate_up.scale"], tensors).tolist() == [1.0] * 6 + [2.0] * 6
 
@@ -87,7 +88,7 @@ def test_zero_points_go_with_their_rows_and_stay_apart_from_parts_without() -> N
         tensors[f"layers.0.{name}.scale"] = Tensor("F32", np.ones((rows, 2), np.float32))
         if name != "k":
             tensors[f"layers.0.{name}.zero"] = Tensor("I8", np.full((rows, 2), rows, np.int8))
-    items = by_name(plan(decoder, tensors))
+    items = by_name(plan(decoder, tensors, EXPERT_PARTS))
     assert items["layers.0.gate_up.zero"].dtype == "I8"
     assert value(items["layers.0.gate_up.zero"], tensors).tolist() == [[6, 6]] * 12
     assert {"layers.0.q.zero", "layers.0.v.zero", "layers.0.k.weight"} <= items.keys()
@@ -99,7 +100,7 @@ def test_norms_get_their_offset_and_become_f32() -> None:
     tensors = random_tensors(decoder)
     original = tensors["final_norm.weight"].array.copy()
     tensors["layers.0.q_norm.weight"] = Tensor("BF16", to_bfloat16(np.full(4, 0.5, np.float32)))
-    items = by_name(plan(decoder, tensors))
+    items = by_name(plan(decoder, tensors, EXPERT_PARTS))
     np.testing.assert_array_equal(value(items["final_norm.weight"], tensors), original + 1)
     assert items["layers.0.q_norm.weight"].dtype == "F32"
     assert value(items["layers.0.q_norm.weight"], tensors).tolist() == [1.5] * 4
@@ -109,19 +110,19 @@ def test_norms_get_their_offset_and_become_f32() -> None:
 def test_experts_are_stacked() -> None:
     decoder = spec(layers=(LayerSpec(None, 0, True),), experts=ExpertSpec(3, 2, 6, True))
     tensors = random_tensors(decoder)
-    items = by_name(plan(decoder, tensors))
+    items = by_name(plan(decoder, tensors, EXPERT_PARTS))
     assert items["layers.0.experts.down.weight"].shape == (3, 8, 6)
     expected = np.stack([tensors[f"layers.0.experts.{e}.down.weight"].array for e in range(3)])
     np.testing.assert_array_equal(value(items["layers.0.experts.down.weight"], tensors), expected)
     tensors["layers.0.experts.1.up.weight"] = Tensor("BF16", np.zeros((6, 8), np.uint16))
     with pytest.raises(BuildError, match="experts of layer 0"):
-        plan(decoder, tensors)
+        plan(decoder, tensors, EXPERT_PARTS)
 
 
 def test_file_holds_what_was_planned(tmp_path) -> None:
     decoder = spec(norm_unit_offset=True)
     tensors = random_tensors(decoder)
-    items = plan(decoder, tensors)
+    items = plan(decoder, tensors, EXPERT_PARTS)
     reported: list[tuple[int, int]] = []
     write_engine_file(tmp_path / "engine", items, tensors, lambda done, total: reported.append((done, total)))
     assert reported[-1] == (packed_bytes(items), packed_bytes(items))
