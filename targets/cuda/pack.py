@@ -95,4 +95,6 @@ def _converted(values: npt.NDArray[Any], have: str, want: str) -> npt.NDArray[An
     if have == want:
         return values
     wide = from_bfloat16(values) if have == "BF16" else np.asarray(values, np.float32)
+    if want == "F32":
+        return wide
     return to_bfloat16(wide) if want == "BF16" else wide.astype(np.float16)
