@@ -2,8 +2,8 @@
 
 Fused names beside the canonical ones: `layers.N.qkv`, `layers.N.gate_up`, and `layers.N.experts.{gate,up,down}`,
 stacked `[experts, rows, columns]`. Norms and biases are f32, a norm's unit offset already added. int4 is stored as
-levels from 0 to 15, with zero at 8 or at 8 + `.zero`: at batch 1 the plugin's products of unsigned levels are faster
-by a fifth.
+levels from 0 to 15, with zero at 8 or at 8 + `.zero`: with zero points, the plugin multiplies in integers only if the
+levels are unsigned, twice as fast and more from batch 8 on.
 """
 
 import math
