@@ -47,10 +47,17 @@ def assemble(source: str | Path | Engine, tokenizer: Tokenizer | None, options: 
             raise ValueError("An engine directory brings its own tokenizer; give one only with a loaded engine.")
         directory = Path(source)
         engine = load_engine(directory)
-        if engine.config.has_tokenizer:
-            tokenizer = Tokenizer.load(directory / TOKENIZER_DIR)
-    else:
-        engine = source
+        try:
+            if engine.config.has_tokenizer:
+                tokenizer = Tokenizer.load(directory / TOKENIZER_DIR)
+            return _assembly(engine, tokenizer, options)
+        except BaseException:
+            engine.close()
+            raise
+    return _assembly(source, tokenizer, options)
+
+
+def _assembly(engine: Engine, tokenizer: Tokenizer | None, options: AssemblyOptions) -> Assembly:
     num_blocks = kv_pool_size(engine, options)
     engine.allocate(num_blocks)
     core = EngineCore(engine, CoreOptions(num_blocks, options.capacity_policy, options.enable_prefix_caching))

@@ -23,7 +23,7 @@ from farrier.targets.hf_weights import read_json, source_tensors
 from farrier.targets.quantize import Quantization
 from farrier.targets.target import Target, memory_budget
 from farrier.targets.trial import trial_step
-from farrier.targets.workspace import disk_errors, publish, workspace
+from farrier.targets.workspace import disk_errors, forget_cached, publish, publish_over, workspace
 
 DEFAULT_MAX_SEQ_LEN = 4096
 
@@ -85,12 +85,13 @@ def build(
     progress = on_progress or (lambda _: lambda done, total: None)
     if out.exists() and not is_engine(out):
         raise BuildError(f"{out} exists and is not an engine; choose another place or remove it.")
-    spec, precision, stored = _describe(source, options)
+    converted = CheckpointReader(source) if _is_checkpoint(source) else None
+    spec, precision, stored = _describe(source, converted, options)
     kinds = {kind.kind for kind in stored.values() if isinstance(kind, Quantization)}
     backend.check(target, {precision, *kinds, *options.overrides.values()}, deterministic=options.deterministic)
     ceilings = _ceilings(backend, spec, options)
     kv_dtype = backend.kv_dtype(spec, target, precision, options.kv_dtype)
-    estimate = _estimate(backend, source, spec, stored, ceilings, kv_dtype)
+    estimate = _estimate(backend, converted, spec, stored, ceilings, kv_dtype)
     if on_estimate is not None:
         on_estimate(estimate)
     fingerprint = backend.fingerprint(target, precision, kv_dtype)
@@ -100,7 +101,9 @@ def build(
             return Built(reusable, True, ())
         _check_resources(estimate, target, partial)
         with disk_errors(out):
-            checkpoint, warnings = _checkpoint(source, partial, ceilings, options, progress)
+            checkpoint, warnings = (
+                (converted, ()) if converted else _converted(source, partial, ceilings, options, progress)
+            )
             timings = out / TIMINGS_FILE
             choices = Choices(
                 target,
@@ -127,30 +130,39 @@ def build(
                 has_tokenizer=(partial / TOKENIZER_DIR / "tokenizer.json").is_file(),
                 source_digest=identity,
                 files={},
-                weight_bytes=backend.packed_bytes(checkpoint),
+                weight_bytes=estimate.weights if converted else backend.packed_bytes(checkpoint),
                 kv_bytes_per_block=backend.kv_bytes_per_block(checkpoint.spec, kv_dtype),
                 farrier_version=__version__,
             )
-            if checkpoint.path.parent == partial:
+            checkpoint.close()
+            if checkpoint is not converted:
                 shutil.rmtree(checkpoint.path)
             config = _sealed(partial, config)
             if runs_here:
                 trial_step(backend.load(partial, config))
-            _replace(partial, out)
+            if out.exists():
+                publish_over(partial, out)
+            else:
+                publish(partial, out)
     return Built(config, False, warnings)
 
 
-def _describe(source: Path, options: BuildOptions) -> tuple[DecoderSpec, str, Mapping[str, Quantization | str]]:
+def _describe(
+    source: Path, converted: CheckpointReader | None, options: BuildOptions
+) -> tuple[DecoderSpec, str, Mapping[str, Quantization | str]]:
     """The model's spec, the precision its engine will have, and how each weight will be stored in its checkpoint."""
-    if _is_checkpoint(source):
+    if converted:
         if options.precision != "auto" or options.overrides:
             raise BuildError(f"{source} is converted already; give --precision and --override to `farrier convert`.")
-        reader = CheckpointReader(source)
-        kinds = {reader.dtype(name) for name in reader.names}
+        kinds = {converted.dtype(name) for name in converted.names}
         # int4 and fp8 checkpoints keep some layers in int8, which so does not name the engine.
         quantized = [kind for kind in ("int4", "fp8", "int8") if kind in kinds]
-        precision = quantized[0] if quantized else reader.dtype("layers.0.q.weight")
-        return reader.spec, precision, {name: reader.quantization(name) or reader.dtype(name) for name in reader.names}
+        precision = quantized[0] if quantized else converted.dtype("layers.0.q.weight")
+        return (
+            converted.spec,
+            precision,
+            {name: converted.quantization(name) or converted.dtype(name) for name in converted.names},
+        )
     hf_config = read_json(source / "config.json")
     spec = from_hf_config(hf_config, max_seq_len=options.max_seq_len)
     stored = converted_weights(
@@ -185,14 +197,14 @@ def _ceilings(backend: Backend, spec: DecoderSpec, options: BuildOptions) -> Cei
 
 def _estimate(
     backend: Backend,
-    source: Path,
+    converted: CheckpointReader | None,
     spec: DecoderSpec,
     stored: Mapping[str, Quantization | str],
     ceilings: Ceilings,
     kv_dtype: KvDtype,
 ) -> Estimate:
-    if _is_checkpoint(source):
-        weights = backend.packed_bytes(CheckpointReader(source))
+    if converted:
+        weights = backend.packed_bytes(converted)
         disk = weights
     else:
         weights = stored_bytes(spec, stored)
@@ -252,11 +264,9 @@ def _reusable(out: Path, identity: str) -> EngineConfig | None:
     return config if whole else None
 
 
-def _checkpoint(
+def _converted(
     source: Path, partial: Path, ceilings: Ceilings, options: BuildOptions, progress: Callable[[str], Progress]
 ) -> tuple[CheckpointReader, tuple[str, ...]]:
-    if _is_checkpoint(source):
-        return CheckpointReader(source), ()
     conversion = convert(
         source,
         partial / "checkpoint",
@@ -269,19 +279,12 @@ def _checkpoint(
 
 
 def _sealed(partial: Path, config: EngineConfig) -> EngineConfig:
-    """Writes config.json with the digests of all other files, last of all, and reads them once more."""
+    """Writes config.json with the digests of all other files, last of all, and reads everything back from the disk."""
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     config = replace(config, files={str(path.relative_to(partial)): file_digest(path) for path in files})
     write_config(partial, config)
-    read_config(partial)
+    forget_cached(partial)
+    damaged = damaged_file(partial, read_config(partial))
+    if damaged is not None:
+        raise BuildError(f"{damaged} does not read back as it was written; check the disk that {partial.parent} is on.")
     return config
-
-
-def _replace(partial: Path, out: Path) -> None:
-    """Publishes `partial` as `out`; an engine that was there goes, but stays valid for those that have it open."""
-    old = partial.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    publish(partial, out)
-    shutil.rmtree(old, ignore_errors=True)

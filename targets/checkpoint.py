@@ -126,6 +126,10 @@ class CheckpointReader:
         self._file = TensorFile.open(path / WEIGHTS_FILE)
         self._check()
 
+    def close(self) -> None:
+        """Gives the map back: what is stored can no longer be read."""
+        self._file.close()
+
     @property
     def tensors(self) -> Mapping[str, Tensor]:
         """All that is stored, scales and zero points too, by name."""

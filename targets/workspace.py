@@ -1,5 +1,6 @@
 """Directories that appear whole or not at all, written by one process at a time."""
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -9,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from farrier.targets.errors import BuildError, InsufficientResourcesError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 @contextmanager
@@ -32,11 +36,60 @@ def workspace(out: Path) -> Iterator[Path]:
 
 def publish(partial: Path, out: Path) -> None:
     """Moves a filled workspace to `out`, which must not exist, once everything is on the disk."""
-    for folder, _, files in os.walk(partial):
-        for name in (*files, "."):
-            _sync(Path(folder, name))
+    _sync_all(partial)
     partial.rename(out)
     _sync(out.parent)
+
+
+def publish_over(partial: Path, out: Path) -> None:
+    """Like `publish`, in place of a directory `out`, which is removed. Whenever this is killed, one of the two is at
+    `out`, whole; only where the file system cannot exchange two names is there nothing for the instant between two
+    renames. Who has files of the old directory open keeps them."""
+    _sync_all(partial)
+    # The old directory gets the workspace's name for a while: who waits for that must not take it for an empty one.
+    old = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(old, fcntl.LOCK_EX)
+        if _exchange(partial, out):
+            _sync(out.parent)
+            shutil.rmtree(partial)
+        else:
+            aside = out.with_name(f".{out.name}.old")
+            shutil.rmtree(aside, ignore_errors=True)
+            out.rename(aside)
+            partial.rename(out)
+            _sync(out.parent)
+            shutil.rmtree(aside)
+    finally:
+        os.close(old)
+
+
+def forget_cached(folder: Path) -> None:
+    """Puts everything in `folder` on the disk and out of the page cache: what is read next comes from the disk."""
+    _sync_all(folder)
+    for inside, _, files in os.walk(folder):
+        for name in files:
+            with open(Path(inside, name), "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _sync_all(folder: Path) -> None:
+    for inside, _, files in os.walk(folder):
+        for name in (*files, "."):
+            _sync(Path(inside, name))
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names in one instant; False where the file system or the C library cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(error, os.strerror(error), str(other))
 
 
 def _lock(partial: Path) -> int:

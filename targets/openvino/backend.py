@@ -2,11 +2,10 @@
 
 import importlib.metadata
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 from farrier.targets.backend import Choices, Progress
-from farrier.targets.checkpoint import WEIGHTS_FILE, CheckpointReader
+from farrier.targets.checkpoint import CheckpointReader
 from farrier.targets.decoder import DecoderSpec
 from farrier.targets.engine import ENGINE_ABI, Engine, EngineConfig, Fingerprint, KvDtype
 from farrier.targets.errors import BuildError
@@ -14,7 +13,6 @@ from farrier.targets.openvino.layout import BLOCK_SIZE, kv_bytes_per_block
 from farrier.targets.openvino.pack import EXPERT_PARTS, packed_bytes, write_engine_file
 from farrier.targets.packing import plan
 from farrier.targets.target import Target
-from farrier.targets.tensorfile import TensorFile
 
 ENGINE_FILE = "rank0.engine"
 
@@ -69,15 +67,13 @@ class OpenVinoBackend:
         return kv_bytes_per_block(spec, kv_dtype)
 
     def packed_bytes(self, checkpoint: CheckpointReader) -> int:
-        with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as weights:
-            return packed_bytes(plan(checkpoint.spec, weights.tensors, EXPERT_PARTS))
+        return packed_bytes(plan(checkpoint.spec, checkpoint.tensors, EXPERT_PARTS))
 
     def pack(
         self, checkpoint: CheckpointReader, directory: Path, choices: Choices, stages: Callable[[str], Progress]
     ) -> None:
-        with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as weights:
-            items = plan(checkpoint.spec, weights.tensors, EXPERT_PARTS)
-            write_engine_file(directory / ENGINE_FILE, items, weights.tensors, stages("Packing"))
+        items = plan(checkpoint.spec, checkpoint.tensors, EXPERT_PARTS)
+        write_engine_file(directory / ENGINE_FILE, items, checkpoint.tensors, stages("Packing"))
 
     def load(self, directory: Path, config: EngineConfig) -> Engine:
         from farrier.targets.openvino.executor import OpenVinoEngine  # OpenVINO itself is needed only from here on

@@ -1,5 +1,6 @@
 """Runs an engine on the CPU through OpenVINO."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,8 @@ class OpenVinoEngine:
         tensors = {name: ov.Tensor(np.asarray(array, order="C"), shared_memory=True) for name, array in inputs.items()}
         for name, tensor in tensors.items():
             self._request.set_tensor(name, tensor)
-        self._request.start_async()
         self._pending = _Handle(self._request, self._attention, batch, tensors)
+        self._request.start_async()
         return self._pending
 
     def _resolve(self, token_ids: Int32) -> Int32:
@@ -111,6 +112,9 @@ class OpenVinoEngine:
 
     def close(self) -> None:
         if self._file is not None:
+            # A step that nobody waited for still reads its inputs and the mapping.
+            with suppress(RuntimeError):
+                self._request.wait()
             # Order matters: constants of the compiled model lie in the mapping.
             self._pending = None
             del self._request, self._compiled

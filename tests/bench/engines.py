@@ -12,15 +12,15 @@ CACHE = Path(".farrier/bench")
 MAX_SEQ_LEN = 1024
 
 
-def engine(precision: str) -> Path:
+def engine(precision: str, *, max_batch_size: int = 16) -> Path:
     from farrier.targets.build import BuildOptions, build
     from farrier.targets.detect import detect, select_target
 
     write_model(CACHE / "model")
     options = BuildOptions(
-        name=precision, precision=precision, max_batch_size=16, max_num_tokens=512, max_seq_len=MAX_SEQ_LEN
+        name=precision, precision=precision, max_batch_size=max_batch_size, max_num_tokens=512, max_seq_len=MAX_SEQ_LEN
     )
-    out = CACHE / precision
+    out = CACHE / (precision if max_batch_size == 16 else f"{precision}-{max_batch_size}")
     build(CACHE / "model", out, select_target(detect(), "cpu"), options)
     return out
 

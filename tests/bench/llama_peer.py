@@ -97,7 +97,7 @@ class Peer:
         params.n_batch = params.n_ubatch = MAX_TOKENS
         params.n_seq_max = MAX_BATCH
         params.n_threads = params.n_threads_batch = threads
-        params.kv_unified = True
+        params.kv_unified = False  # or each sequence would attend over the masked cells of all others
         self._context = llama_cpp.llama_init_from_model(model, params)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = llama_cpp.llama_batch_init(MAX_TOKENS, 0, 1)

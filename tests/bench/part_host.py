@@ -11,5 +11,5 @@ CONTEXT, STEPS = 1024, 300
 
 def host() -> Iterator[Line]:
     for batch_size, budget in BUDGET_MS.items():
-        milliseconds = median(measure(batch_size, CONTEXT, STEPS, {"temperature": 0.0}))
+        milliseconds = median(measure(False, batch_size, CONTEXT, STEPS, {"temperature": 0.0}))
         yield Line(f"host time of a step, batch {batch_size}, context {CONTEXT}", "ms", milliseconds, None, budget)

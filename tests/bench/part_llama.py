@@ -91,6 +91,8 @@ def llama_python() -> Path:
     if not python.exists() or subprocess.run([python, "-c", "import llama_cpp, gguf"], check=False).returncode != 0:
         print("Compiling llama.cpp for this machine; it takes some minutes, once.", file=sys.stderr)
         venv.create(VENV, with_pip=True)
-        install = [python, "-m", "pip", "install", "--quiet", "--no-binary", "llama-cpp-python"]
-        subprocess.run([*install, "llama-cpp-python==0.3.36", "gguf==0.19.0"], check=True)
+        install = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", "--no-binary", "llama-cpp-python"]
+        # gcc 12 takes what llama.cpp writes into its AMX tile configuration for dead stores: q8_0 and q4_0 crash.
+        environment = os.environ | {"CMAKE_ARGS": '-DCMAKE_CXX_FLAGS="-fno-tree-dse -fno-dse"'}
+        subprocess.run([*install, "llama-cpp-python==0.3.36", "gguf==0.19.0"], check=True, env=environment)
     return python

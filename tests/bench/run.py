@@ -1,6 +1,6 @@
 """How fast, in one run and on one machine: a table of measurements beside their peers and goals.
 
-python tests/bench/run.py [--only decode|http|llama|host|memory] [--json FILE]
+python tests/bench/run.py [--only decode|http|health|llama|host|memory] [--json FILE]
 
 FARRIER_LLAMA_PYTHON: a Python that has llama-cpp-python and gguf; without it, one is made in .venv-llama, which needs
 a C++ compiler.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lines import ROUNDS, Line
 from part_decode import CONTEXT, decode
+from part_health import health
 from part_host import host
 from part_http import http
 from part_llama import llama
@@ -27,7 +28,7 @@ from farrier.runtime.bench.conditions import machine_conditions
 from farrier.targets.detect import detect, select_target
 from farrier.targets.errors import FarrierError
 
-PARTS = {"decode": decode, "http": http, "llama": llama, "host": host, "memory": memory}
+PARTS = {"decode": decode, "http": http, "health": health, "llama": llama, "host": host, "memory": memory}
 BUSY = 0.5
 
 

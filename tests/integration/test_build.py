@@ -247,6 +247,22 @@ def test_killed_build_leaves_no_engine_and_does_not_stand_in_the_way(tmp_path: P
     assert entries(tmp_path) == {"model", "engine"}
 
 
+def test_what_does_not_read_back_as_it_was_written_is_found_out(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose_a_bit(folder: Path) -> None:
+        with (folder / "rank0.engine").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            [last] = file.read(1)
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last ^ 1]))
+
+    monkeypatch.setattr("farrier.targets.build.forget_cached", lose_a_bit)
+    with pytest.raises(BuildError, match=r"rank0\.engine does not read back"):
+        build_here(model, tmp_path / "engine")
+    assert entries(tmp_path) == set()
+
+
 def test_two_builds_of_one_engine_at_once(model: Path, tmp_path: Path) -> None:
     command = [FARRIER, "build", model, "-o", tmp_path / "engine"]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]

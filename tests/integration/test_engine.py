@@ -94,6 +94,27 @@ def test_the_first_step_has_no_previous_one_to_refer_to(engine: Engine) -> None:
         engine.step(mixed([([-1], 0, [1])]))
 
 
+def test_closing_waits_for_the_step_under_way(path: Path) -> None:
+    """Or its inputs and weights would vanish while they are read."""
+    expected = None
+    for _ in range(5):
+        engine = load_engine(path)
+        engine.allocate(32)
+        handle = engine.step(mixed([(tokens(1, 40), 0, [1, 2]), (tokens(2, 24), 0, [3])]))
+        engine.close()
+        others = [np.full(64, 2**30, np.int32) for _ in range(1000)]  # take the room that the inputs had
+        got = handle.wait().token_ids.tolist()
+        assert got == (expected or got)
+        expected = got
+        del others
+
+
+def test_an_engine_that_did_nothing_closes(path: Path) -> None:
+    engine = load_engine(path)
+    engine.close()
+    engine.close()
+
+
 def test_the_pool_is_allocated_once(engine: Engine) -> None:
     with pytest.raises(EngineError, match="already allocated"):
         engine.allocate(4)
