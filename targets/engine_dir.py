@@ -1,6 +1,7 @@
 """Engine directories on disk: `config.json` beside the files it vouches for."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ _ADAPTER = TypeAdapter(EngineConfig)
 def write_config(directory: Path, config: EngineConfig) -> None:
     document = {"kind": _KIND, "abi": ENGINE_ABI, "engine": _ADAPTER.dump_python(config, mode="json")}
     (directory / CONFIG_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def seal(directory: Path, config: EngineConfig) -> EngineConfig:
+    """Writes config.json with the digests of all other files, last of all, and reads them once more."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    config = replace(config, files={str(path.relative_to(directory)): file_digest(path) for path in files})
+    write_config(directory, config)
+    read_config(directory)
+    return config
 
 
 def is_engine(directory: Path) -> bool:

@@ -39,6 +39,16 @@ def publish(partial: Path, out: Path) -> None:
     _sync(out.parent)
 
 
+def replace_published(partial: Path, out: Path) -> None:
+    """Publishes `partial` as `out`; what was there goes, but stays valid for those that have its files open."""
+    old = partial.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    publish(partial, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _lock(partial: Path) -> int:
     """A descriptor of the directory that holds the lock. It may be published, or removed, while we wait."""
     while True:
