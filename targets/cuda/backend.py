@@ -11,7 +11,7 @@ from farrier.targets.cuda.engine_file import open_engine_file, plan_of
 from farrier.targets.cuda.plan import TYPE_BYTES, Type
 from farrier.targets.decoder import DecoderSpec
 from farrier.targets.engine import ENGINE_ABI, Engine, EngineConfig, Fingerprint, KvDtype
-from farrier.targets.errors import BuildError, EngineError
+from farrier.targets.errors import BuildError, TargetError
 from farrier.targets.target import Target, sm_name
 from farrier.targets.tensorfile import TensorFile
 
@@ -80,7 +80,9 @@ class CudaBackend:
         try:
             from farrier.targets.cuda.executor import CudaEngine
         except ImportError as error:
-            raise EngineError(f"Running on an NVIDIA GPU needs farrier[cuda]; install it ({error}).") from error
+            raise TargetError(
+                f"Engines for a GPU need farrier[cuda]; install it ({error}).", code="backend_not_installed"
+            ) from error
         return CudaEngine.load(directory / ENGINE_FILE, config)
 
 
