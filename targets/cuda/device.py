@@ -58,8 +58,11 @@ def farrier_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("cuda", "nvmath"):
+        source = type(error).__module__.partition(".")[0]
+        if source not in ("cuda", "nvmath"):
             raise
+        if source == "nvmath":
+            check(driver.cuCtxSynchronize())  # it may have met what an earlier kernel did, and this names that
         if _OUT_OF_MEMORY.name in str(error):
             raise InsufficientResourcesError(f"The GPU's memory does not suffice, {_free()}: {error}") from error
         raise EngineError(f"The GPU failed: {error}; start the engine again.", code="device_failed") from error
