@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from farrier.agent.commands.choices import demo_model
 from farrier.targets.build import BuildOptions, Built, build
@@ -21,7 +22,7 @@ from farrier.targets.cuda.tune import rewrite
 from farrier.targets.detect import detect
 from farrier.targets.engine import EngineConfig, load_engine
 from farrier.targets.engine_dir import TIMINGS_FILE, damaged_file, read_config, seal
-from farrier.targets.errors import BuildError, FingerprintMismatchError
+from farrier.targets.errors import BuildError, EngineError, FingerprintMismatchError
 from farrier.targets.known import build_target
 from farrier.targets.tensorfile import Tensor
 from farrier.targets.tune import tune
@@ -113,6 +114,43 @@ def test_what_needs_a_gpu_says_so_in_one_line(engine: Path) -> None:
         load_engine(engine)
     assert caught.value.field == "architecture"
     assert "unswept: run `farrier tune`" in " ".join(farrier("inspect", str(engine)).stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        (["cuda"], "Engines for a GPU need farrier[cuda]"),
+        (["nvmath"], "Engines for a GPU need farrier[cuda]"),
+        ([], ""),
+    ],
+)
+def test_loading_without_libraries_or_a_gpu(missing: list[str], said: str, engine: Path) -> None:
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
+        "from pathlib import Path\n"
+        "from farrier.targets.cuda.backend import CudaBackend\n"
+        "from farrier.targets.engine_dir import read_config\n"
+        "from farrier.targets.errors import FarrierError\n"
+        "place = Path(sys.argv[1])\n"
+        "try:\n"
+        "    CudaBackend().load(place, read_config(place))\n"
+        "except FarrierError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(engine)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert said in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_an_engine_file_without_a_plan_is_named(engine: Path, tmp_path: Path) -> None:
+    config = read_config(engine)
+    weights = {"embed.weight": np.zeros((2, 2), np.float32)}
+    save_file(weights, tmp_path / ENGINE_FILE)
+    sealed = seal(tmp_path, config)
+    for act in (lambda: CudaBackend().details(tmp_path), lambda: rewrite(tmp_path, tmp_path, sealed, "", {}, silent)):
+        with pytest.raises(EngineError, match="no launch plan that this farrier can follow; build it again"):
+            act()
 
 
 def test_what_is_not_tuned(model: Path, tmp_path: Path) -> None:
