@@ -25,11 +25,11 @@ def tune(directory: Path, on_progress: Callable[[str], Progress]) -> EngineConfi
     Raises FingerprintMismatchError when the engine does not fit this machine, EngineError when it is damaged,
     BuildError when it has nothing to tune, InsufficientResourcesError when disk or memory would not do.
     """
-    check_tunable(read_config(directory))
+    _check_tunable(read_config(directory))
     with workspace(directory) as partial:
         config = read_config(directory)  # another process may have replaced it while we waited
         detection = detect()
-        check_tunable(config)
+        _check_tunable(config)
         if mismatch := misfit(config, detection):
             raise mismatch
         if damaged := damaged_file(directory, config):
@@ -49,7 +49,7 @@ def tune(directory: Path, on_progress: Callable[[str], Progress]) -> EngineConfi
     return config
 
 
-def check_tunable(config: EngineConfig) -> None:
+def _check_tunable(config: EngineConfig) -> None:
     """Raises BuildError when there is nothing to choose by measuring in such an engine."""
     backend = config.fingerprint.backend
     if backend != "cuda":

@@ -95,6 +95,12 @@ def _free() -> str:
     return f"{free} of {total} bytes are free" if status == driver.CUresult.CUDA_SUCCESS else "it does not say how much"
 
 
+def shares_memory(device: Device) -> bool:
+    """Whether the device's memory is the host's."""
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
+    return bool(check(driver.cuDeviceGetAttribute(attribute, device.device_id)))
+
+
 class DeviceMemory:
     """Device allocations that live until `close`."""
 

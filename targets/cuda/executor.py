@@ -22,6 +22,7 @@ from farrier.targets.cuda.device import (
     farrier_errors,
     free_memory,
     open_device,
+    shares_memory,
 )
 from farrier.targets.cuda.engine_file import open_engine_file, plan_of, weights_of
 from farrier.targets.cuda.footprint import WORKSPACE_BYTES, Footprint, buffer_bytes, weight_bytes
@@ -79,7 +80,7 @@ class CudaEngine:
                 _check_capability(device, plan)
                 weights = weights_of(file.tensors)
                 footprint = _footprint(plan, config, weights)
-                footprint.check_load(_free_bytes())
+                footprint.check_load(_free_bytes(device))
                 for name, kernel in plan.kernels.items():
                     kernels[name] = LoadedKernel(kernel, file.tensors[KERNEL_PREFIX + name].array.tobytes())
                 with file.trimmed():
@@ -103,12 +104,12 @@ class CudaEngine:
         return True
 
     def memory(self) -> KvMemory:
-        return KvMemory(self._config.kv_bytes_per_block, self._footprint.max_blocks(_free_bytes()))
+        return KvMemory(self._config.kv_bytes_per_block, self._footprint.max_blocks(_free_bytes(self._device)))
 
     def allocate(self, num_blocks: int) -> None:
         if self._programs is not None:
             raise EngineError("The KV pool is already allocated; load the engine again for another size.")
-        self._footprint.check_pool(num_blocks, _free_bytes())
+        self._footprint.check_pool(num_blocks, _free_bytes(self._device))
         try:
             with farrier_errors():
                 arrays = self._weights | self._kv_pool(num_blocks) | self._buffers()
@@ -184,9 +185,8 @@ def _check_capability(device: Device, plan: Plan) -> None:
         )
 
 
-def _free_bytes() -> int:
-    target = select_target(detect(), "auto")
-    return memory_budget(target) if target.unified_memory else free_memory()
+def _free_bytes(device: Device) -> int:
+    return memory_budget(select_target(detect(), "auto")) if shares_memory(device) else free_memory()
 
 
 def _footprint(plan: Plan, config: EngineConfig, weights: Mapping[str, Tensor]) -> Footprint:

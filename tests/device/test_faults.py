@@ -26,8 +26,8 @@ from farrier.targets.trial import one_token
 from farrier.targets.tune import tune
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = BuildOptions(precision="bf16", max_batch_size=8, max_num_tokens=256, max_seq_len=1024)
-LONG = {"model": "demo", "prompt": "Hello", "max_tokens": 1000, "temperature": 0, "extra_body": {"ignore_eos": True}}
+OPTIONS = BuildOptions(precision="bf16", max_batch_size=8, max_num_tokens=256, max_seq_len=2048)
+LONG = {"model": "demo", "prompt": "Hello", "max_tokens": 2000, "temperature": 0, "extra_body": {"ignore_eos": True}}
 FARRIER = [sys.executable, "-c", "from farrier.agent.cli import main; main()"]
 SECONDS_TO_END = 10
 
