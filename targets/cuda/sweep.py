@@ -145,7 +145,7 @@ class _Bench:
             end.sync()
             seconds.append((end - start) / 1000)
         graph.close()
-        return median(seconds)
+        return float(median(seconds))
 
     def _weights(self, product: Product) -> list[dict[str, Array]]:
         if product == self._product:
