@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from farrier import __version__
-from farrier.agent.commands import bench, build, convert, detect, inspect, serve
+from farrier.agent.commands import bench, build, convert, detect, inspect, serve, tune
 from farrier.agent.console import errors_console
 from farrier.targets.errors import FarrierError
 
@@ -22,6 +22,7 @@ app.command("detect")(detect.detect_command)
 app.command("convert")(convert.convert_command)
 app.command("build")(build.build_command)
 app.command("inspect")(inspect.inspect_command)
+app.command("tune")(tune.tune_command)
 app.command("serve")(serve.serve_command)
 app.add_typer(bench.app, name="bench")
 

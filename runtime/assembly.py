@@ -41,23 +41,24 @@ class Assembly:
 
 
 def assemble(source: str | Path | Engine, tokenizer: Tokenizer | None, options: AssemblyOptions) -> Assembly:
-    """Loads what `source` names (an engine directory brings its own tokenizer) and allocates its KV pool."""
-    if isinstance(source, (str, Path)):
-        if tokenizer is not None:
-            raise ValueError("An engine directory brings its own tokenizer; give one only with a loaded engine.")
-        directory = Path(source)
-        engine = load_engine(directory)
-        try:
-            if engine.config.has_tokenizer:
-                tokenizer = Tokenizer.load(directory / TOKENIZER_DIR)
-            return _assembly(engine, tokenizer, options)
-        except BaseException:
-            engine.close()
-            raise
-    return _assembly(source, tokenizer, options)
+    """Loads what `source` names (an engine directory brings its own tokenizer) and allocates its KV pool. When that
+    fails, what was loaded here is closed again."""
+    if not isinstance(source, (str, Path)):
+        return _assembled(source, tokenizer, options)
+    if tokenizer is not None:
+        raise ValueError("An engine directory brings its own tokenizer; give one only with a loaded engine.")
+    directory = Path(source)
+    engine = load_engine(directory)
+    try:
+        if engine.config.has_tokenizer:
+            tokenizer = Tokenizer.load(directory / TOKENIZER_DIR)
+        return _assembled(engine, tokenizer, options)
+    except BaseException:
+        engine.close()
+        raise
 
 
-def _assembly(engine: Engine, tokenizer: Tokenizer | None, options: AssemblyOptions) -> Assembly:
+def _assembled(engine: Engine, tokenizer: Tokenizer | None, options: AssemblyOptions) -> Assembly:
     num_blocks = kv_pool_size(engine, options)
     engine.allocate(num_blocks)
     core = EngineCore(engine, CoreOptions(num_blocks, options.capacity_policy, options.enable_prefix_caching))

@@ -57,6 +57,7 @@ class AsyncLLM:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._deliveries: dict[str, _Delivery] = {}
         self._nothing_runs = asyncio.Event()
+        self._failed = asyncio.Event()
         self._draining = False
 
     @property
@@ -72,6 +73,15 @@ class AsyncLLM:
     def healthy(self) -> bool:
         """False before the start, after the stop, and once the engine has failed."""
         return self._thread is not None and self._thread.healthy
+
+    @property
+    def failure(self) -> EngineError | None:
+        """Why the engine has failed, if it has."""
+        return None if self._parts is None else self._parts.core.failure
+
+    async def failed(self) -> None:
+        """Returns once the engine has failed and every request was told."""
+        await self._failed.wait()
 
     async def start(self) -> None:
         """Loads the engine (not on the event loop). Raises what loading raises."""
@@ -153,6 +163,8 @@ class AsyncLLM:
                     del self._deliveries[delta.request_id]
         if not self._deliveries:
             self._nothing_runs.set()
+        if self.failure is not None:
+            self._failed.set()
 
 
 @dataclass(slots=True)

@@ -67,6 +67,12 @@ class Backend(Protocol):
         `stages` is asked once per stage, by its title, for a callback."""
         ...
 
+    def details(self, directory: Path) -> dict[str, str | int | bool]:
+        """What this backend alone decides at build time and people ask for, as JSON-ready data.
+
+        Raises EngineError when the engine's files do not tell."""
+        ...
+
     def load(self, directory: Path, config: EngineConfig) -> Engine: ...
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from farrier import __version__
@@ -15,7 +15,7 @@ from farrier.targets.convert import convert, converted_weights, model_files
 from farrier.targets.decoder import DecoderSpec
 from farrier.targets.digest import file_digest
 from farrier.targets.engine import Ceilings, EngineConfig, Fingerprint, KvDtype
-from farrier.targets.engine_dir import TIMINGS_FILE, TOKENIZER_DIR, damaged_file, is_engine, read_config, write_config
+from farrier.targets.engine_dir import TIMINGS_FILE, TOKENIZER_DIR, damaged_file, is_engine, read_config, seal
 from farrier.targets.errors import BuildError, FarrierError, InsufficientResourcesError
 from farrier.targets.hf_config import from_hf_config
 from farrier.targets.hf_quantization import source_format
@@ -23,7 +23,7 @@ from farrier.targets.hf_weights import read_json, source_tensors
 from farrier.targets.quantize import Quantization
 from farrier.targets.target import Target, memory_budget
 from farrier.targets.trial import trial_step
-from farrier.targets.workspace import disk_errors, forget_cached, publish, publish_over, workspace
+from farrier.targets.workspace import disk_errors, publish, publish_over, workspace
 
 DEFAULT_MAX_SEQ_LEN = 4096
 
@@ -133,11 +133,12 @@ def build(
                 weight_bytes=estimate.weights if converted else backend.packed_bytes(checkpoint),
                 kv_bytes_per_block=backend.kv_bytes_per_block(checkpoint.spec, kv_dtype),
                 farrier_version=__version__,
+                deterministic=options.deterministic,
             )
             checkpoint.close()
             if checkpoint is not converted:
                 shutil.rmtree(checkpoint.path)
-            config = _sealed(partial, config)
+            config = seal(partial, config)
             if runs_here:
                 trial_step(backend.load(partial, config))
             if out.exists():
@@ -276,15 +277,3 @@ def _converted(
         progress=progress("Converting"),
     )
     return CheckpointReader(conversion.path), conversion.warnings
-
-
-def _sealed(partial: Path, config: EngineConfig) -> EngineConfig:
-    """Writes config.json with the digests of all other files, last of all, and reads everything back from the disk."""
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    config = replace(config, files={str(path.relative_to(partial)): file_digest(path) for path in files})
-    write_config(partial, config)
-    forget_cached(partial)
-    damaged = damaged_file(partial, read_config(partial))
-    if damaged is not None:
-        raise BuildError(f"{damaged} does not read back as it was written; check the disk that {partial.parent} is on.")
-    return config

@@ -90,6 +90,8 @@ class EngineConfig:
     weight_bytes: int
     kv_bytes_per_block: int
     farrier_version: str
+    deterministic: bool = False
+    """Built so that a sequence's logits do not depend on what else is in the batch, to the bit."""
     default_sampling: dict[str, float | int | bool] = field(default_factory=dict)
     """The model's own `generation_config.json`; informative, applied only when asked."""
 

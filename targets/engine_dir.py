@@ -1,6 +1,7 @@
 """Engine directories on disk: `config.json` beside the files it vouches for."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from farrier.targets.digest import file_digest
 from farrier.targets.engine import ENGINE_ABI, EngineConfig
-from farrier.targets.errors import EngineError, FingerprintMismatchError
+from farrier.targets.errors import BuildError, EngineError, FingerprintMismatchError
+from farrier.targets.workspace import forget_cached
 
 CONFIG_FILE = "config.json"
 TOKENIZER_DIR = "tokenizer"
@@ -21,6 +23,19 @@ _ADAPTER = TypeAdapter(EngineConfig)
 def write_config(directory: Path, config: EngineConfig) -> None:
     document = {"kind": _KIND, "abi": ENGINE_ABI, "engine": _ADAPTER.dump_python(config, mode="json")}
     (directory / CONFIG_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def seal(directory: Path, config: EngineConfig) -> EngineConfig:
+    """Writes config.json with the digests of all other files, last of all, and reads everything back from the disk.
+    Raises BuildError when something is not what was written."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    config = replace(config, files={str(path.relative_to(directory)): file_digest(path) for path in files})
+    write_config(directory, config)
+    forget_cached(directory)
+    damaged = damaged_file(directory, read_config(directory))
+    if damaged is not None:
+        raise BuildError(f"{damaged} does not read back as it was written; check the disk of {directory.parent}.")
+    return config
 
 
 def is_engine(directory: Path) -> bool:

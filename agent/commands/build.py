@@ -35,6 +35,7 @@ def build_command(
     name: Name = None,
 ) -> None:
     """Build the engine of a model, for this machine or for another."""
+    from farrier.targets.backend import get_backend
     from farrier.targets.build import BuildOptions, Estimate, build
     from farrier.targets.detect import detect
     from farrier.targets.known import build_target
@@ -76,6 +77,14 @@ def build_command(
         errors_console().print(f"Warning: {warning}", markup=False, soft_wrap=True)
     what = "the identical engine was already there" if built.reused else f"built for {built.config.target}"
     typer.echo(f"{out}: {what} ({built.config.precision}, KV {built.config.kv_dtype})")
+    details = get_backend(built.config.fingerprint.backend).details(out)
+    if details.get("swept") is False and not deterministic:
+        errors_console().print(
+            f"Its kernels were chosen by rule, unswept; run `farrier tune {out}` on the device.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _mb(size: int) -> str:

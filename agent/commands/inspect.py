@@ -17,27 +17,41 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print what was baked into an engine, and whether it fits this machine. Exits with 1 when it does not."""
+    from farrier.targets.backend import get_backend
+    from farrier.targets.detect import detect
     from farrier.targets.engine_dir import damaged_file, read_config
     from farrier.targets.loading import misfit
 
     config = read_config(engine)
-    mismatch, damaged = misfit(config), damaged_file(engine, config)
+    mismatch, damaged = misfit(config, detect()), damaged_file(engine, config)
+    details = {} if damaged else get_backend(config.fingerprint.backend).details(engine)
     if as_json:
         document = asdict(config) | {
             "fits": mismatch is None,
             "mismatch": mismatch and mismatch.field,
             "damaged": damaged,
+            "details": details,
         }
         typer.echo(json.dumps(document, indent=2))
     else:
         table = Table(show_header=False, box=None, pad_edge=False)
         for key, value in _rows(config):
             table.add_row(key, str(value))
+        if details:
+            table.add_row("kernels", _kernels(config, details))
         table.add_row("whole", f"no, {damaged} is damaged: build it again" if damaged else "yes")
         table.add_row("fits here", "yes" if mismatch is None else f"no: {mismatch}")
         console().print(table)
     if mismatch is not None or damaged is not None:
         raise typer.Exit(1)
+
+
+def _kernels(config: EngineConfig, details: dict[str, Any]) -> str:
+    if config.deterministic:
+        tactics = "deterministic: logits do not depend on the rest of the batch"
+    else:
+        tactics = "swept" if details["swept"] else "unswept: run `farrier tune` on the device"
+    return f"{details['kernels']} for compute capability {details['compute_capability']}, {tactics}"
 
 
 def _rows(config: EngineConfig) -> list[tuple[str, Any]]:
@@ -65,7 +79,7 @@ def _rows(config: EngineConfig) -> list[tuple[str, Any]]:
         ("tokenizer", "yes" if config.has_tokenizer else "no: serves token ids"),
         (
             "built for",
-            f"{config.target} with {fingerprint.backend} ({versions}), {fingerprint.architecture}"
+            f"{config.target} with {fingerprint.backend}{versions and f' ({versions})'}, {fingerprint.architecture}"
             f"{''.join(' + ' + f for f in fingerprint.features)}, engine ABI {fingerprint.abi}",
         ),
         ("built by", f"farrier {config.farrier_version}, source digest {config.source_digest[:16]}"),

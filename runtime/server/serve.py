@@ -3,6 +3,8 @@
 import asyncio
 import os
 import socket
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -14,7 +16,12 @@ from farrier.runtime.llm import AsyncLLM
 from farrier.runtime.server.app import create_app
 from farrier.runtime.server.options import ServerOptions
 from farrier.runtime.server.service import Service
-from farrier.targets.errors import TargetError
+from farrier.targets.errors import EngineError, TargetError
+
+_LINGERING_SECONDS = 1.0
+"""How long a server whose engine has failed still answers, so that who asks at that moment learns why."""
+_HANGING_SECONDS = 6.0
+"""How long after its engine's failure a process may take to end in an orderly way."""
 
 
 def serve(
@@ -27,9 +34,12 @@ def serve(
     """Serves the engine in `engine_dir` until SIGTERM or SIGINT, which drain. A second one, or one that comes while
     the engine is being loaded, ends the process at once.
 
+    Once the engine has failed, requests are told so for a moment, then the server ends by itself, for its supervisor to
+    start it again; whatever hangs by then is left behind with the process.
+
     on_ready: called once with the server's URL when it answers requests. listener: an open socket to serve on
-    instead of options.host and options.port. Raises what loading the engine raises, and TargetError when the
-    address cannot be listened on.
+    instead of options.host and options.port. Raises what loading the engine raises, EngineError when it has
+    failed, and TargetError when the address cannot be listened on.
     """
     llm = AsyncLLM(
         engine_dir,
@@ -72,9 +82,30 @@ async def _run(
         server.should_exit = True
     elif service.phase == "ready":
         on_ready(_url(listening))
+        await _until_failure(llm, server, serving)
     await serving
-    if service.failure is not None:
-        raise service.failure
+    failure = service.failure or llm.failure
+    if failure is not None:
+        raise failure
+
+
+async def _until_failure(llm: AsyncLLM, server: "_Server", serving: asyncio.Task[None]) -> None:
+    """Returns when the server ends; makes it end when the engine has failed."""
+    failed = asyncio.create_task(llm.failed())
+    await asyncio.wait({serving, failed}, return_when=asyncio.FIRST_COMPLETED)
+    failed.cancel()
+    if llm.failure is not None:
+        last_resort = threading.Timer(_HANGING_SECONDS, _give_up, (serving, llm.failure))
+        last_resort.daemon = True
+        last_resort.start()
+        await asyncio.wait({serving}, timeout=_LINGERING_SECONDS)
+        server.should_exit = True
+
+
+def _give_up(serving: asyncio.Task[None], failure: EngineError) -> None:
+    if not serving.done():  # else whoever called `serve` has said it
+        print(f"farrier: {failure}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 class _Server(uvicorn.Server):

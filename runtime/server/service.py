@@ -81,8 +81,13 @@ class Service:
             return ApiError(503, "The server is shutting down.", code="draining", retry_after=5)
         if self.phase == "failed":
             return ApiError(503, f"The engine could not be loaded: {self.failure}", code="engine_failed")
-        if not self.llm.healthy:
-            return ApiError(503, "The engine died; restart the server.", code="engine_failed")
+        if self.llm.failure is not None:
+            return ApiError(
+                503,
+                f"The engine has failed, and the server ends: {self.llm.failure}",
+                code="engine_failed",
+                retry_after=5,
+            )
         return None
 
     def check_model(self, name: str | None) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from farrier.targets.backend import Choices, Progress
 from farrier.targets.checkpoint import WEIGHTS_FILE, CheckpointReader
+from farrier.targets.cuda.engine_file import open_engine_file, plan_of
 from farrier.targets.cuda.plan import TYPE_BYTES, Type
 from farrier.targets.decoder import DecoderSpec
 from farrier.targets.engine import ENGINE_ABI, Engine, EngineConfig, Fingerprint, KvDtype
-from farrier.targets.errors import BuildError
+from farrier.targets.errors import BuildError, TargetError
 from farrier.targets.target import Target, sm_name
 from farrier.targets.tensorfile import TensorFile
 
@@ -69,9 +70,19 @@ class CudaBackend:
         with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as weights:
             write_engine(directory, checkpoint.spec, weights.tensors, choices, stages)
 
-    def load(self, directory: Path, config: EngineConfig) -> Engine:
-        from farrier.targets.cuda.executor import CudaEngine
+    def details(self, directory: Path) -> dict[str, str | int | bool]:
+        with closing(open_engine_file(directory / ENGINE_FILE)) as file:
+            plan = plan_of(file.tensors)
+        capability = f"{plan.capability // 10}.{plan.capability % 10}"
+        return {"compute_capability": capability, "kernels": len(plan.kernels), "swept": plan.swept}
 
+    def load(self, directory: Path, config: EngineConfig) -> Engine:
+        try:
+            from farrier.targets.cuda.executor import CudaEngine
+        except ImportError as error:
+            raise TargetError(
+                f"Engines for a GPU need farrier[cuda]; install it ({error}).", code="backend_not_installed"
+            ) from error
         return CudaEngine.load(directory / ENGINE_FILE, config)
 
 

@@ -6,22 +6,21 @@ from pathlib import Path
 from farrier.targets.backend import Choices, Progress
 from farrier.targets.cuda.backend import BLOCK_SIZE, ENGINE_FILE, KV_TYPES
 from farrier.targets.cuda.compile import compile_all, described
-from farrier.targets.cuda.lower import Settings, lower
-from farrier.targets.cuda.pack import blob, items, write_engine_file
+from farrier.targets.cuda.lower import Settings, Shaped, lower
+from farrier.targets.cuda.pack import Item, blob, items, write_engine_file
 from farrier.targets.cuda.plan import KERNEL_PREFIX, PLAN, PLAN_TENSOR, Plan
 from farrier.targets.cuda.products import Tactics
-from farrier.targets.cuda.timings import fastest, read_timings, write_timings
+from farrier.targets.cuda.timings import Timings, fastest, read_timings, write_timings
 from farrier.targets.decoder import DecoderSpec
 from farrier.targets.engine_dir import TIMINGS_FILE
+from farrier.targets.errors import BuildError
 from farrier.targets.tensorfile import Tensor
+
+Stages = Callable[[str], Progress]
 
 
 def write_engine(
-    directory: Path,
-    spec: DecoderSpec,
-    tensors: Mapping[str, Tensor],
-    choices: Choices,
-    stages: Callable[[str], Progress],
+    directory: Path, spec: DecoderSpec, tensors: Mapping[str, Tensor], choices: Choices, stages: Stages
 ) -> None:
     """Writes the engine file, and what was measured if `choices.runs_here`, into `directory`.
 
@@ -39,28 +38,51 @@ def write_engine(
     )
     weights = items(spec, tensors, settings.activation, choices.ceilings.max_seq_len)
     shapes = {item.name: item for item in weights}
-    tactics = Tactics(settings.capability, settings.activation, deterministic=settings.deterministic)
-    lowered = lower(spec, shapes, settings, tactics)
-    swept = choices.runs_here and not choices.deterministic
-    if swept:
-        from farrier.targets.cuda.sweep import sweep  # needs the device, and CUDA's libraries
+    timings: Timings | None = None
+    if choices.runs_here and not choices.deterministic:
+        device = choices.target.device_name
+        timings = measured(spec, shapes, settings, read_timings(choices.timings, device), stages)
+        write_timings(directory / TIMINGS_FILE, device, timings)
+    content = [*weights, *code(spec, shapes, settings, timings, stages)]
+    write_engine_file(directory / ENGINE_FILE, content, tensors, stages("Packing"))
 
-        known = read_timings(choices.timings, choices.target.device_name)
-        timings = sweep(spec, lowered.products, settings, known, stages("Measuring kernels"))
-        write_timings(directory / TIMINGS_FILE, choices.target.device_name, timings)
-        tactics = Tactics(settings.capability, settings.activation, deterministic=False, swept=fastest(timings))
-        lowered = lower(spec, shapes, settings, tactics)
+
+def measured(
+    spec: DecoderSpec, weights: Mapping[str, Shaped], settings: Settings, known: Timings, stages: Stages
+) -> Timings:
+    """Times every product that `known` does not hold, on this machine's GPU. Returns all timings."""
+    try:
+        from farrier.targets.cuda.sweep import sweep
+    except ImportError as error:
+        raise BuildError(f"Measuring kernels on this GPU needs farrier[cuda]; install it ({error}).") from error
+    tactics = Tactics(settings.capability, settings.activation, deterministic=False)
+    return sweep(spec, lower(spec, weights, settings, tactics).products, settings, known, stages("Measuring kernels"))
+
+
+def code(
+    spec: DecoderSpec, weights: Mapping[str, Shaped], settings: Settings, timings: Timings | None, stages: Stages
+) -> list[Item]:
+    """The compiled kernels and the launch plan of an engine with these weights.
+
+    `timings` None: nothing was measured, and every product gets its default kernel.
+    """
+    tactics = Tactics(
+        settings.capability,
+        settings.activation,
+        deterministic=settings.deterministic,
+        swept=None if timings is None else fastest(timings),
+    )
+    lowered = lower(spec, weights, settings, tactics)
     compiled = compile_all(lowered.sources, settings.capability, stages("Compiling kernels"))
     plan = Plan(
         capability=settings.capability,
         activation=settings.activation,
         kv_type=settings.kv_type,
         tile_rows=lowered.tile_rows,
-        swept=swept,
+        swept=timings is not None,
         buffers=lowered.buffers,
         kernels={name: described(kernel) for name, kernel in compiled.items()},
         programs=lowered.programs,
     )
-    code = [blob(KERNEL_PREFIX + name, kernel.cubin) for name, kernel in sorted(compiled.items())]
-    content = [*weights, *code, blob(PLAN_TENSOR, PLAN.dump_json(plan))]
-    write_engine_file(directory / ENGINE_FILE, content, tensors, stages("Packing"))
+    kernels = [blob(KERNEL_PREFIX + name, kernel.cubin) for name, kernel in sorted(compiled.items())]
+    return [*kernels, blob(PLAN_TENSOR, PLAN.dump_json(plan))]

@@ -1,7 +1,8 @@
 """The GPU: opening it, memory on it, and kernel launches prepared once and repeated at little cost."""
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,18 @@ import numpy.typing as npt
 from cuda.bindings import driver
 from cuda.core import Device, Stream
 
+from farrier.targets.cuda.driver import driver_too_old
 from farrier.targets.cuda.plan import Extent, Kernel, Size
 from farrier.targets.errors import EngineError, InsufficientResourcesError
 
 Sizes = Mapping[Size, int]
 
 _OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+_NOT_ITS_CODE = (
+    driver.CUresult.CUDA_ERROR_INVALID_IMAGE,
+    driver.CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU,
+    driver.CUresult.CUDA_ERROR_UNSUPPORTED_PTX_VERSION,
+)
 _TENSOR_MAP_BYTES = 128
 _ALIGNMENT = 64
 _SCALARS: dict[str, Any] = {
@@ -40,13 +47,35 @@ def check(result: tuple[Any, ...]) -> Any:
         _, text = driver.cuGetErrorString(status)
         message = f"{text.decode()} ({name.decode()})" if isinstance(name, bytes) else str(status)
         if status == _OUT_OF_MEMORY:
-            raise InsufficientResourcesError(f"The GPU has no memory left: {message}.")
+            raise InsufficientResourcesError(f"The GPU's memory does not suffice, {_free()}: {message}.")
         raise EngineError(f"CUDA failed: {message}; start the engine again.", code="device_failed")
     return values[0] if len(values) == 1 else tuple(values)
 
 
+@contextmanager
+def farrier_errors() -> Iterator[None]:
+    """Raises whatever cuda-core and cuBLASLt raise as InsufficientResourcesError or EngineError."""
+    try:
+        yield
+    except Exception as error:
+        source = type(error).__module__.partition(".")[0]
+        if source not in ("cuda", "nvmath"):
+            raise
+        if source == "nvmath":
+            check(driver.cuCtxSynchronize())  # it may have met what an earlier kernel did, and this names that
+        if _OUT_OF_MEMORY.name in str(error):
+            raise InsufficientResourcesError(f"The GPU's memory does not suffice, {_free()}: {error}") from error
+        raise EngineError(f"The GPU failed: {error}; start the engine again.", code="device_failed") from error
+
+
 def open_device() -> Device:
     """The first GPU, made current in this thread. Raises EngineError when there is none that can be used."""
+    try:
+        problem = driver_too_old(check(driver.cuDriverGetVersion()), driver.CUDA_VERSION)
+    except Exception as error:  # the driver's library is missing, or not the kernel module's
+        raise EngineError(f"No NVIDIA GPU can be used: {error}") from error
+    if problem is not None:
+        raise EngineError(problem, code="driver_too_old")
     try:
         device = Device(0)
         device.set_current()
@@ -61,6 +90,17 @@ def free_memory() -> int:
     return int(free)
 
 
+def _free() -> str:
+    status, free, total = driver.cuMemGetInfo()
+    return f"{free} of {total} bytes are free" if status == driver.CUresult.CUDA_SUCCESS else "it does not say how much"
+
+
+def shares_memory(device: Device) -> bool:
+    """Whether the device's memory is the host's."""
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
+    return bool(check(driver.cuDeviceGetAttribute(attribute, device.device_id)))
+
+
 class DeviceMemory:
     """Device allocations that live until `close`."""
 
@@ -68,8 +108,13 @@ class DeviceMemory:
         self._pointers: list[int] = []
 
     def allocate(self, size: int) -> int:
-        """Address of `size` bytes, aligned to 256, zeroed."""
-        pointer = int(check(driver.cuMemAlloc(max(size, 16))))
+        """Address of `size` bytes, aligned to 256, zeroed. Raises InsufficientResourcesError."""
+        result = driver.cuMemAlloc(max(size, 16))
+        if result[0] == _OUT_OF_MEMORY:
+            raise InsufficientResourcesError(
+                f"{size} bytes of GPU memory were asked for at once, {_free()}; free some, or build a smaller engine."
+            )
+        pointer = int(check(result))
         self._pointers.append(pointer)
         check(driver.cuMemsetD8(pointer, 0, max(size, 16)))
         return pointer
@@ -83,7 +128,11 @@ class PinnedMemory:
     """Host memory the device reads and writes directly; `array` is a view of all its bytes."""
 
     def __init__(self, size: int) -> None:
-        self._address = int(check(driver.cuMemHostAlloc(size, 0)))
+        self._address = 0
+        result = driver.cuMemHostAlloc(size, 0)
+        if result[0] == _OUT_OF_MEMORY:
+            raise InsufficientResourcesError(f"The host cannot pin {size} bytes of memory for the GPU; free some.")
+        self._address = int(check(result))
         self.array: npt.NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self._address))
 
     @property
@@ -110,7 +159,14 @@ class LoadedKernel:
 
     def __init__(self, kernel: Kernel, cubin: bytes) -> None:
         self.kernel = kernel
-        self._module = check(driver.cuModuleLoadData(cubin))
+        result = driver.cuModuleLoadData(cubin)
+        if result[0] in _NOT_ITS_CODE:
+            raise EngineError(
+                f"The GPU's driver refuses the engine's machine code ({result[0].name}); install a newer driver, or "
+                "build the engine again on this machine.",
+                code="driver_too_old",
+            )
+        self._module = check(result)
         self.function = check(driver.cuModuleGetFunction(self._module, kernel.entry.encode()))
         if kernel.shared_bytes > 48 * 1024:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

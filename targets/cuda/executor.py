@@ -2,8 +2,9 @@
 
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from cuda.bindings import driver
@@ -18,24 +19,30 @@ from farrier.targets.cuda.device import (
     PinnedMemory,
     Sizes,
     check,
+    farrier_errors,
     free_memory,
     open_device,
+    shares_memory,
 )
+from farrier.targets.cuda.engine_file import open_engine_file, plan_of, weights_of
+from farrier.targets.cuda.footprint import WORKSPACE_BYTES, Footprint, buffer_bytes, weight_bytes
 from farrier.targets.cuda.inputs import InputLayout, decode_layout, fill_decode, fill_mixed, mixed_layout
-from farrier.targets.cuda.library import WORKSPACE_BYTES, Library
-from farrier.targets.cuda.plan import KERNEL_PREFIX, PLAN, PLAN_TENSOR, TYPE_BYTES, Plan, Program
+from farrier.targets.cuda.library import Library
+from farrier.targets.cuda.plan import KERNEL_PREFIX, TYPE_BYTES, Plan, Program
 from farrier.targets.cuda.sampler import SamplingSlot, sampling_layout
 from farrier.targets.cuda.upload import upload
 from farrier.targets.detect import detect, select_target
 from farrier.targets.engine import Batch, EngineConfig, Int32, KvMemory, StepResult
-from farrier.targets.errors import CheckpointError, EngineError, FarrierError, InsufficientResourcesError
+from farrier.targets.errors import EngineError, FingerprintMismatchError
 from farrier.targets.target import memory_budget
-from farrier.targets.tensorfile import TensorFile
+from farrier.targets.tensorfile import Tensor
 
 _SLOTS = 3
 """Steps whose host memory is in use at once: one running, one enqueued, one being read."""
-_RESERVE_BYTES = 256 << 20
-"""Left free beside the KV pool: the driver's own needs grow with graphs and modules."""
+
+
+class Closes(Protocol):
+    def close(self) -> None: ...
 
 
 class CudaEngine:
@@ -43,7 +50,7 @@ class CudaEngine:
 
     def __init__(
         self, config: EngineConfig, plan: Plan, device: Device, memory: DeviceMemory, weights: dict[str, Array],
-        kernels: dict[str, LoadedKernel],
+        kernels: dict[str, LoadedKernel], footprint: Footprint,
     ) -> None:  # fmt: skip
         self._config = config
         self._plan = plan
@@ -51,6 +58,8 @@ class CudaEngine:
         self._memory = memory
         self._weights = weights
         self._kernels = kernels
+        self._footprint = footprint
+        self._pool = DeviceMemory()
         self._stream: Stream = device.create_stream()
         self._library: Library | None = None
         self._programs: _Programs | None = None
@@ -60,27 +69,27 @@ class CudaEngine:
 
     @classmethod
     def load(cls, path: Path, config: EngineConfig) -> "CudaEngine":
-        try:
-            file = TensorFile.open(path)
-        except CheckpointError as error:
-            raise EngineError(f"The engine is damaged; build it again. {error}") from error
+        file = open_engine_file(path)
         memory = DeviceMemory()
+        kernels: dict[str, LoadedKernel] = {}
+        weights: dict[str, Tensor] = {}
         try:
-            device = open_device()
-            plan = PLAN.validate_json(file.tensors[PLAN_TENSOR].array.tobytes())
-            kernels = {
-                name: LoadedKernel(kernel, file.tensors[KERNEL_PREFIX + name].array.tobytes())
-                for name, kernel in plan.kernels.items()
-            }
-            weights = {
-                name: tensor
-                for name, tensor in file.tensors.items()
-                if name != PLAN_TENSOR and not name.startswith(KERNEL_PREFIX)
-            }
-            with file.trimmed():
-                return cls(config, plan, device, memory, upload(weights, memory, device), kernels)
+            with farrier_errors():
+                device = open_device()
+                plan = plan_of(file.tensors)
+                _check_capability(device, plan)
+                weights = weights_of(file.tensors)
+                footprint = _footprint(plan, config, weights)
+                footprint.check_load(_free_bytes(device))
+                for name, kernel in plan.kernels.items():
+                    kernels[name] = LoadedKernel(kernel, file.tensors[KERNEL_PREFIX + name].array.tobytes())
+                with file.trimmed():
+                    arrays = upload(weights, memory, device)
+                return cls(config, plan, device, memory, arrays, kernels, footprint)
         except BaseException:
             memory.close()
+            for loaded in kernels.values():
+                loaded.close()
             raise
         finally:
             weights = {}
@@ -95,38 +104,31 @@ class CudaEngine:
         return True
 
     def memory(self) -> KvMemory:
-        per_block = self._config.kv_bytes_per_block
-        target = select_target(detect(), "auto")
-        free = memory_budget(target) if target.unified_memory else free_memory()
-        free -= _RESERVE_BYTES + WORKSPACE_BYTES + self._buffer_bytes()
-        return KvMemory(per_block, max(0, free) // per_block)
-
-    def _buffer_bytes(self) -> int:
-        rows = _ceilings(self._plan, self._config)
-        return sum(
-            rows_of(buffer.rows, rows) * buffer.columns * TYPE_BYTES[buffer.type] for buffer in self._plan.buffers
-        )
+        return KvMemory(self._config.kv_bytes_per_block, self._footprint.max_blocks(_free_bytes(self._device)))
 
     def allocate(self, num_blocks: int) -> None:
         if self._programs is not None:
             raise EngineError("The KV pool is already allocated; load the engine again for another size.")
+        self._footprint.check_pool(num_blocks, _free_bytes(self._device))
         try:
-            arrays = self._weights | self._kv_pool(num_blocks) | self._buffers()
-        except InsufficientResourcesError as error:
-            raise InsufficientResourcesError(
-                f"A KV pool of {num_blocks} blocks does not fit into the GPU's memory; ask for fewer."
-            ) from error
-        self._library = Library(self._memory)
-        self._programs = _Programs(self._plan, self._config, arrays, self._kernels, self._library, self._memory)
-        self._programs.capture(self._stream)
-        self._slots = [_Slot(self._programs, self._stream) for _ in range(_SLOTS)]
+            with farrier_errors():
+                arrays = self._weights | self._kv_pool(num_blocks) | self._buffers()
+                self._library = Library(self._pool)
+                programs = _Programs(self._plan, self._config, arrays, self._kernels, self._library, self._pool)
+                programs.capture(self._stream)
+                for _ in range(_SLOTS):
+                    self._slots.append(_Slot(programs, self._stream))
+        except BaseException:
+            self._close_pool()
+            raise
+        self._programs = programs
 
     def _kv_pool(self, num_blocks: int) -> dict[str, Array]:
         spec = self._config.spec
         shape = (num_blocks, spec.num_kv_heads, self._config.block_size, spec.head_dim)
         size = int(np.prod(shape)) * TYPE_BYTES[self._plan.kv_type]
         names = [f"{kind}_cache.{index}" for index in range(len(spec.layers)) for kind in ("key", "value")]
-        base = self._memory.allocate(size * len(names))
+        base = self._pool.allocate(size * len(names))
         return {name: Array(base + index * size, self._plan.kv_type, shape) for index, name in enumerate(names)}
 
     def _buffers(self) -> dict[str, Array]:
@@ -134,7 +136,7 @@ class CudaEngine:
         shapes = {buffer.name: (rows_of(buffer.rows, rows), buffer.columns) for buffer in self._plan.buffers}
         return {
             buffer.name: Array(
-                self._memory.allocate(shapes[buffer.name][0] * buffer.columns * TYPE_BYTES[buffer.type]),
+                self._pool.allocate(shapes[buffer.name][0] * buffer.columns * TYPE_BYTES[buffer.type]),
                 buffer.type,
                 shapes[buffer.name],
             )
@@ -143,19 +145,67 @@ class CudaEngine:
 
     def step(self, batch: Batch) -> "_Handle":
         assert self._programs is not None
-        # The runtime steps an engine from a thread of its own; CUDA's context belongs to a thread.
-        if threading.get_ident() != self._thread:
-            self._device.set_current()
-            self._thread = threading.get_ident()
-        slot = self._slots[self._next_slot]
-        self._next_slot = (self._next_slot + 1) % _SLOTS
-        return slot.run(batch)
+        with farrier_errors():
+            # The runtime steps an engine from a thread of its own; CUDA's context belongs to a thread.
+            if threading.get_ident() != self._thread:
+                self._device.set_current()
+                self._thread = threading.get_ident()
+            slot = self._slots[self._next_slot]
+            self._next_slot = (self._next_slot + 1) % _SLOTS
+            return slot.run(batch)
 
     def close(self) -> None:
-        for closing in (*self._slots, *self._kernels.values(), self._library, self._memory):
-            if closing is not None:
+        # After a device's failure every call returns it once more, and there is nothing left to free.
+        with suppress(Exception):
+            self._device.set_current()  # whoever closes the engine need not have stepped it
+            self._stream.sync()
+        self._close_pool()
+        for kernel in self._kernels.values():
+            kernel.close()
+        self._memory.close()
+        self._kernels, self._weights = {}, {}
+
+    def _close_pool(self) -> None:
+        library = [self._library] if self._library is not None else []
+        closings: tuple[Closes, ...] = (*self._slots, *library, self._pool)
+        for closing in closings:
+            with suppress(Exception):
                 closing.close()
-        self._slots, self._kernels, self._library, self._programs = [], {}, None, None
+        self._slots, self._library, self._programs = [], None, None
+
+
+def _check_capability(device: Device, plan: Plan) -> None:
+    found = device.compute_capability
+    here = 10 * found.major + found.minor
+    if here != plan.capability:
+        raise FingerprintMismatchError(
+            f"The engine is machine code for sm_{plan.capability}, and the first GPU that CUDA offers is sm_{here}; "
+            "choose another with CUDA_VISIBLE_DEVICES, or build the engine again for this one.",
+            field="architecture",
+        )
+
+
+def _free_bytes(device: Device) -> int:
+    return memory_budget(select_target(detect(), "auto")) if shares_memory(device) else free_memory()
+
+
+def _footprint(plan: Plan, config: EngineConfig, weights: Mapping[str, Tensor]) -> Footprint:
+    inputs = sum(layout.size for layout in _layouts(plan, config).values())
+    return Footprint(
+        weights=weight_bytes(tensor.array.nbytes for tensor in weights.values()),
+        buffers=buffer_bytes(plan, _ceilings(plan, config)) + inputs + WORKSPACE_BYTES,
+        kv_block=config.kv_bytes_per_block,
+    )
+
+
+def _layouts(plan: Plan, config: EngineConfig) -> dict[str, InputLayout]:
+    ceilings, block = config.ceilings, config.block_size
+    padded = max([ceilings.max_batch_size, *(p.rows for p in plan.programs if p.kind == "decode")])
+    return {
+        "decode": decode_layout(ceilings, block, padded),
+        "mixed": mixed_layout(ceilings, block, plan.tile_rows),
+        "sampling": sampling_layout(config),
+    }
 
 
 def _ceilings(plan: Plan, config: EngineConfig) -> Sizes:
@@ -181,13 +231,7 @@ class _Programs:
         self.config = config
         self.plan = plan
         self.arrays = arrays
-        ceilings, block = config.ceilings, config.block_size
-        padded = max([ceilings.max_batch_size, *(p.rows for p in plan.programs if p.kind == "decode")])
-        self.layouts = {
-            "decode": decode_layout(ceilings, block, padded),
-            "mixed": mixed_layout(ceilings, block, plan.tile_rows),
-            "sampling": sampling_layout(config),
-        }
+        self.layouts = _layouts(plan, config)
         self.addresses = {kind: memory.allocate(layout.size) for kind, layout in self.layouts.items()}
         self._library = library
         self._kernels = kernels
@@ -198,7 +242,9 @@ class _Programs:
         self.decode = sorted(by_kind["decode"], key=lambda program: (program.rows, program.context))
         self._mixed = sorted(by_kind["mixed"], key=lambda program: program.rows)
         self._launches = {id(p): self._bind(p, p.kind) for p in (*self.decode, *self._mixed)}
-        self._tails = {p.kind: self._bind(p, "sampling") for p in plan.programs if p.kind not in by_kind}
+        self._tails: dict[str, list[BoundStep]] = {
+            p.kind: self._bind(p, "sampling") for p in plan.programs if p.kind not in by_kind
+        }
         self._graphs: dict[int, Graph] = {}
 
     def _bind(self, program: Program, inputs: str) -> list["BoundStep"]:
@@ -290,7 +336,8 @@ class _Slot:
         return self._pending
 
     def close(self) -> None:
-        for closing in (*self._inputs.values(), self._results, self._sampling):
+        closings: tuple[Closes, ...] = (*self._inputs.values(), self._results, self._sampling)
+        for closing in closings:
             closing.close()
 
 
@@ -318,13 +365,7 @@ class _Handle:
 
     def wait(self) -> StepResult:
         if self._result is None:
-            try:
+            with farrier_errors():
                 self._event.sync()
-            except FarrierError:
-                raise
-            except Exception as error:
-                raise EngineError(
-                    f"The GPU failed while running a step: {error}; start the engine again.", code="device_failed"
-                ) from error
             self._result = StepResult(self._tokens.copy(), self._sampling.logprobs(self._tokens))
         return self._result

@@ -7,10 +7,8 @@ from cuda.core import Stream
 from nvmath.bindings import cublasLt
 
 from farrier.targets.cuda.device import Array, DeviceMemory
+from farrier.targets.cuda.footprint import WORKSPACE_BYTES
 from farrier.targets.errors import EngineError
-
-WORKSPACE_BYTES = 32 << 20
-"""What cuBLASLt's own heuristics want on Hopper."""
 
 _CUDA_TYPES = {"fp32": 0, "fp16": 2, "bf16": 14}
 _COMPUTE_F32 = 68

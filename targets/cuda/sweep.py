@@ -12,7 +12,7 @@ from cuda.core import Device, EventOptions, Stream
 from farrier.targets.backend import Progress
 from farrier.targets.cuda.bound import BoundStep, rows_of
 from farrier.targets.cuda.compile import compile_all, described
-from farrier.targets.cuda.device import Array, DeviceMemory, LoadedKernel, check, open_device
+from farrier.targets.cuda.device import Array, DeviceMemory, LoadedKernel, check, farrier_errors, open_device
 from farrier.targets.cuda.library import Library
 from farrier.targets.cuda.lower import Settings, lower_product
 from farrier.targets.cuda.plan import TYPE_BYTES, Step
@@ -50,7 +50,7 @@ def sweep(
     total = len(sources) + len(candidates)
     compiled = compile_all(sources, settings.capability, lambda done, _: progress(done, total))
     timings: Timings = dict(known)
-    with _Bench() as bench:
+    with farrier_errors(), _Bench() as bench:
         for done, ((key, choice), (steps, buffers, own)) in enumerate(candidates.items()):
             progress(len(sources) + done, total)
             product, rows, _ = wanted[key]
@@ -145,7 +145,7 @@ class _Bench:
             end.sync()
             seconds.append((end - start) / 1000)
         graph.close()
-        return median(seconds)
+        return float(median(seconds))
 
     def _weights(self, product: Product) -> list[dict[str, Array]]:
         if product == self._product:

@@ -11,12 +11,12 @@ from cuda.bindings import driver
 from cuda.core import Device, Stream
 
 from farrier.targets.cuda.device import Array, DeviceMemory, PinnedMemory, check
+from farrier.targets.cuda.footprint import ALIGNMENT
 from farrier.targets.tensorfile import Tensor
 
 _CHUNK_BYTES = 32 << 20
 _WORKERS = 4
 """One core copies slower than PCI Express transfers."""
-_ALIGNMENT = 256
 TYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "i8", "U8": "u8", "F8_E4M3": "fp8e4nv"}
 
 
@@ -31,7 +31,7 @@ def upload(tensors: Mapping[str, Tensor], memory: DeviceMemory, device: Device) 
     offsets, total = {}, 0
     for name, tensor in tensors.items():
         offsets[name] = total
-        total += -(-tensor.array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        total += -(-tensor.array.nbytes // ALIGNMENT) * ALIGNMENT
     base = memory.allocate(total)
     arrays = {name: Array(base + offsets[name], TYPES[tensor.dtype], tensor.shape) for name, tensor in tensors.items()}
     chunks = list(_chunks(tensors, arrays))

@@ -75,6 +75,9 @@ class OpenVinoBackend:
         items = plan(checkpoint.spec, checkpoint.tensors, EXPERT_PARTS)
         write_engine_file(directory / ENGINE_FILE, items, checkpoint.tensors, stages("Packing"))
 
+    def details(self, directory: Path) -> dict[str, str | int | bool]:
+        return {}
+
     def load(self, directory: Path, config: EngineConfig) -> Engine:
         from farrier.targets.openvino.executor import OpenVinoEngine  # OpenVINO itself is needed only from here on
 

@@ -28,7 +28,7 @@ class Parrot:
     overlaps = False
 
     def __init__(self, tokenizer: Tokenizer, *, max_batch_size: int = 16, max_seq_len: int = 512) -> None:
-        self.config = _config(Ceilings(max_batch_size, 256, max_seq_len))
+        self.config = parrot_config(Ceilings(max_batch_size, 256, max_seq_len))
         self.broken = False
         self._steps_left: threading.Semaphore | None = None
         alphabet = tokenizer.encode("abcdefghijklmnopqrstuvwxyz")
@@ -88,7 +88,7 @@ class Parrot:
         return tokens[tokens.index(self._newline) + 1 :]
 
 
-def _config(ceilings: Ceilings) -> EngineConfig:
+def parrot_config(ceilings: Ceilings) -> EngineConfig:
     spec = DecoderSpec(
         architecture="Parrot",
         vocab_size=VOCAB_SIZE,

@@ -257,7 +257,7 @@ def test_what_does_not_read_back_as_it_was_written_is_found_out(
             file.seek(-1, os.SEEK_END)
             file.write(bytes([last ^ 1]))
 
-    monkeypatch.setattr("farrier.targets.build.forget_cached", lose_a_bit)
+    monkeypatch.setattr("farrier.targets.engine_dir.forget_cached", lose_a_bit)
     with pytest.raises(BuildError, match=r"rank0\.engine does not read back"):
         build_here(model, tmp_path / "engine")
     assert entries(tmp_path) == set()

@@ -193,6 +193,14 @@ def test_a_kv_pool_that_does_not_fit_is_refused() -> None:
         LLM(ReferenceEngine(reference_config(), max_blocks=1)).start()
 
 
+def test_an_engine_whose_pool_does_not_fit_is_closed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = ReferenceEngine(reference_config(), max_blocks=20)
+    monkeypatch.setattr("farrier.runtime.assembly.load_engine", lambda path: loaded)
+    with pytest.raises(InsufficientResourcesError):
+        LLM("an engine", kv_blocks=21).start()
+    assert loaded.is_closed
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
