@@ -10,7 +10,7 @@ from farrier.targets.checkpoint import WEIGHTS_FILE, CheckpointReader
 from farrier.targets.cuda.plan import TYPE_BYTES, Type
 from farrier.targets.decoder import DecoderSpec
 from farrier.targets.engine import ENGINE_ABI, Engine, EngineConfig, Fingerprint, KvDtype
-from farrier.targets.errors import BuildError
+from farrier.targets.errors import BuildError, TargetError
 from farrier.targets.target import Target, sm_name
 from farrier.targets.tensorfile import TensorFile
 
@@ -70,8 +70,12 @@ class CudaBackend:
             write_engine(directory, checkpoint.spec, weights.tensors, choices, stages)
 
     def load(self, directory: Path, config: EngineConfig) -> Engine:
-        from farrier.targets.cuda.executor import CudaEngine
-
+        try:
+            from farrier.targets.cuda.executor import CudaEngine
+        except ImportError as error:
+            raise TargetError(
+                f"Engines for a GPU need farrier[cuda]; install it ({error}).", code="backend_not_installed"
+            ) from error
         return CudaEngine.load(directory / ENGINE_FILE, config)
 
 

@@ -13,7 +13,7 @@ from farrier.plugins.gemv import repack_int4
 from farrier.targets.backend import Progress
 from farrier.targets.bfloat16 import from_bfloat16, to_bfloat16
 from farrier.targets.decoder import DecoderSpec
-from farrier.targets.openvino.pack import Packed, plan
+from farrier.targets.packing import Packed, plan
 from farrier.targets.safetensors_file import DTYPE_SIZES, SafetensorsWriter
 from farrier.targets.tensorfile import Tensor
 

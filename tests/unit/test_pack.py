@@ -8,7 +8,7 @@ import pytest
 from farrier.targets.bfloat16 import to_bfloat16
 from farrier.targets.decoder import DecoderSpec, ExpertSpec, LayerSpec, RopeSpec
 from farrier.targets.errors import BuildError
-from farrier.targets.openvino.pack import Packed, packed_bytes, plan, write_engine_file
+from farrier.targets.packing import Packed, packed_bytes, plan, write_engine_file
 from farrier.targets.tensorfile import Tensor, TensorFile
 
 
