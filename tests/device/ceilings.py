@@ -115,9 +115,7 @@ def _product(rows: int, n: int, k: int) -> float:
     library = Library(memory)
     try:
         x, weight, out = sent((rows, k)), sent((n, k)), Array(memory.allocate(2 * rows * n), "bf16", (rows, n))
-        seconds = _timed(
-            stream, lambda: library.multiply(x, weight, None, out, rows, accumulate=False, stream=stream)
-        )
+        seconds = _timed(stream, lambda: library.multiply(x, weight, None, out, rows, accumulate=False, stream=stream))
         return 2 * rows * n * k / seconds
     finally:
         library.close()
