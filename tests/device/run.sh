@@ -44,7 +44,7 @@ bench() {
         sleep 0.1
     done
     [ -n "$url" ] || { cat "$WORK/served"; return 1; }
-    farrier bench serve --base-url "$url" --concurrency 64 --num-requests 256 --json "$PIECES/demo.serve.json"
+    farrier bench serve --base-url "$url" --vocab-size 960 --concurrency 64 --num-requests 256 --json "$PIECES/demo.serve.json"
     status=$?
     kill "$server"
     wait "$server" || { cat "$WORK/served"; return 1; }
