@@ -205,6 +205,9 @@ def _print(results: Json) -> None:
     if tasks:
         drops = [both["cpu"] - both["here"] for both in tasks.values()]
         print(f"held-out accuracy of the demo model: at most {max(drops):.1f} points below the CPU")
+    for part, rate in (("throughput", "tokens_per_second"), ("serve", "output_tokens_per_second")):
+        if f"demo.{part}" in results:
+            print(f"farrier bench {part}, demo model: {results[f'demo.{part}']['results'][rate]} output tok/s")
     print("\n" + markdown(table(results, _read(PEER))))
 
 
