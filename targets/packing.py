@@ -1,25 +1,22 @@
 """From canonical checkpoint tensors to the engine file: what shares an input is stored as one matrix.
 
 Fused names beside the canonical ones: `layers.N.qkv`, `layers.N.gate_up`, and `layers.N.experts.{gate,up,down}`,
-stacked `[experts, rows, columns]`. Norms and biases are f32, a norm's unit offset already added. int4 is stored as
-levels from 0 to 15, with zero at 8 or at 8 + `.zero`: at batch 1 the plugin's products of unsigned levels are faster
-by a fifth.
+stacked `[experts, rows, columns]`. Norms and biases are f32, a norm's unit offset already added. Quantized weights are
+handed on as the checkpoint has them: how they are to lie in memory is each backend's own.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from farrier.targets.backend import Progress
 from farrier.targets.bfloat16 import from_bfloat16
 from farrier.targets.decoder import DecoderSpec
 from farrier.targets.errors import BuildError
-from farrier.targets.safetensors_file import DTYPE_SIZES, SafetensorsWriter
+from farrier.targets.safetensors_file import DTYPE_SIZES
 from farrier.targets.tensorfile import Tensor
 
 _FUSED = (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up")))
@@ -39,12 +36,8 @@ class Packed:
     def chunks(self, tensors: Mapping[str, Tensor]) -> Iterator[npt.NDArray[Any]]:
         for source in self.sources:
             tensor = tensors[source]
-            if tensor.dtype == "U8":
-                yield tensor.array ^ np.uint8(0x88)  # two levels in a byte, 8 added to each
-            elif tensor.dtype == self.dtype and not self.offset:
-                yield tensor.array
-            else:
-                yield _float32(tensor) + np.float32(self.offset)
+            as_is = tensor.dtype == self.dtype and not self.offset
+            yield tensor.array if as_is else _float32(tensor) + np.float32(self.offset)
 
 
 def plan(spec: DecoderSpec, tensors: Mapping[str, Tensor]) -> list[Packed]:
@@ -108,19 +101,3 @@ def _float32(tensor: Tensor) -> npt.NDArray[np.float32]:
 
 def packed_bytes(items: list[Packed]) -> int:
     return sum(math.prod(item.shape) * DTYPE_SIZES[item.dtype] for item in items)
-
-
-def write_engine_file(
-    path: Path, items: list[Packed], tensors: Mapping[str, Tensor], progress: Progress | None
-) -> None:
-    """Writes the engine file, one source tensor at a time."""
-    total, done = packed_bytes(items), 0
-    with SafetensorsWriter(path, {item.name: (item.dtype, item.shape) for item in items}) as writer:
-        for item in items:
-            position = 0
-            for chunk in item.chunks(tensors):
-                writer.write(item.name, position, np.ascontiguousarray(chunk))
-                position += chunk.nbytes
-            done += position
-            if progress is not None:
-                progress(done, total)

@@ -11,7 +11,8 @@ from farrier.targets.decoder import DecoderSpec
 from farrier.targets.engine import ENGINE_ABI, Engine, EngineConfig, Fingerprint, KvDtype
 from farrier.targets.errors import BuildError, TargetError
 from farrier.targets.openvino.layout import BLOCK_SIZE, kv_bytes_per_block
-from farrier.targets.packing import packed_bytes, plan, write_engine_file
+from farrier.targets.openvino.pack import write_engine_file
+from farrier.targets.packing import packed_bytes, plan
 from farrier.targets.target import Target
 from farrier.targets.tensorfile import TensorFile
 
