@@ -104,7 +104,7 @@ for name in "${chosen[@]}"; do
     fi
     begun=$SECONDS status='no time left'
     if [ "$limit" -ge 10 ]; then
-        timeout -k 5 "$limit" bash "$0" --step "$name" >"$WORK/log" 2>&1
+        timeout -k 5 "$limit" bash tests/device/run.sh --step "$name" >"$WORK/log" 2>&1
         case $? in
             0) status=ok ;;
             124 | 137) status="not done in $limit s" ;;
