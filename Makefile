@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ENGINE ?= .farrier/demo
 PORT ?= 8000
+EXTRAS ?= cpu$(shell test -e /dev/nvidiactl && echo ,cuda,build-cuda)
 SOURCES := $(shell find agent runtime targets plugins public -type f ! -name '*.pyc') pyproject.toml
 
 .PHONY: up test lint bench clean
@@ -37,7 +38,7 @@ $(BIN)/python:
 # The build folder is removed because setuptools would install what it left there earlier.
 $(VENV)/.installed: $(BIN)/python $(SOURCES)
 	rm -rf build
-	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed .
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed '.[$(EXTRAS)]'
 	rm -rf build
 	@touch $@
 

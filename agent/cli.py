@@ -52,3 +52,7 @@ def main() -> None:
             raise
         errors_console().print(f"farrier: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,11 @@
 """From canonical checkpoint tensors to an engine's: what shares an input becomes one matrix.
 
 Fused names beside the canonical ones: `layers.N.qkv`, `layers.N.gate_up`, and `layers.N.experts.*`, stacked
-`[experts, rows, columns]`. Norms and biases are f32, a norm's unit offset already added.
+`[experts, rows, columns]`. Norms and biases are f32, a norm's unit offset already added. Quantized
+weights are handed on as the checkpoint has them: how they are to lie in memory is each backend's own.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,7 @@ import numpy.typing as npt
 from farrier.targets.bfloat16 import from_bfloat16
 from farrier.targets.decoder import DecoderSpec
 from farrier.targets.errors import BuildError
+from farrier.targets.safetensors_file import DTYPE_SIZES
 from farrier.targets.tensorfile import Tensor
 
 _FUSED = (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up")))
@@ -96,3 +99,7 @@ def _pack(spec: DecoderSpec, name: str, sources: tuple[str, ...], tensors: Mappi
 
 def _float32(tensor: Tensor) -> npt.NDArray[np.float32]:
     return from_bfloat16(tensor.array) if tensor.dtype == "BF16" else np.asarray(tensor.array, np.float32)
+
+
+def packed_bytes(items: list[Packed]) -> int:
+    return sum(math.prod(item.shape) * DTYPE_SIZES[item.dtype] for item in items)

@@ -8,10 +8,10 @@ from farrier.targets.backend import Choices, Progress
 from farrier.targets.checkpoint import CheckpointReader
 from farrier.targets.decoder import DecoderSpec
 from farrier.targets.engine import ENGINE_ABI, Engine, EngineConfig, Fingerprint, KvDtype
-from farrier.targets.errors import BuildError
+from farrier.targets.errors import BuildError, TargetError
 from farrier.targets.openvino.layout import BLOCK_SIZE, kv_bytes_per_block
-from farrier.targets.openvino.pack import EXPERT_PARTS, packed_bytes, write_engine_file
-from farrier.targets.packing import plan
+from farrier.targets.openvino.pack import EXPERT_PARTS, write_engine_file
+from farrier.targets.packing import packed_bytes, plan
 from farrier.targets.target import Target
 
 ENGINE_FILE = "rank0.engine"
@@ -40,7 +40,12 @@ class OpenVinoBackend:
 
     def _fingerprint(self, target: Target, features: tuple[str, ...]) -> Fingerprint:
         # OpenVINO promises nothing about its PagedAttention operation beyond a minor version.
-        version = ".".join(importlib.metadata.version("openvino").split(".")[:2])
+        try:
+            version = ".".join(importlib.metadata.version("openvino").split(".")[:2])
+        except importlib.metadata.PackageNotFoundError as error:
+            raise TargetError(
+                "Engines for the CPU need OpenVINO; install farrier[cpu].", code="backend_not_installed"
+            ) from error
         return Fingerprint(ENGINE_ABI, self.name, target.cpu.architecture, features, (("openvino", version),))
 
     def kv_dtype(self, spec: DecoderSpec, target: Target, precision: str, asked: KvDtype | None) -> KvDtype:

@@ -4,22 +4,17 @@ int4 is stored as levels from 0 to 15, with zero at 8 or at 8 + `.zero`: with ze
 integers only if the levels are unsigned, twice as fast and more from batch 8 on.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from farrier.targets.backend import Progress
-from farrier.targets.packing import Packed
-from farrier.targets.safetensors_file import DTYPE_SIZES, SafetensorsWriter
+from farrier.targets.packing import Packed, packed_bytes
+from farrier.targets.safetensors_file import SafetensorsWriter
 from farrier.targets.tensorfile import Tensor
 
 EXPERT_PARTS = {part: (part,) for part in ("gate", "up", "down")}
-
-
-def packed_bytes(items: list[Packed]) -> int:
-    return sum(math.prod(item.shape) * DTYPE_SIZES[item.dtype] for item in items)
 
 
 def write_engine_file(

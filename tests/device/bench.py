@@ -1,6 +1,9 @@
-"""What issue-sized figures are made of: decode at batch 1, time to the first token, many requests at once.
+"""What the figures are made of: decode at batch 1, time to the first token, many requests at once.
 
 python tests/device/bench.py ENGINE [--json FILE] [--only decode|ttft|throughput]
+
+tok/s and milliseconds are taken around `LLM.generate`, host time included. Beside each stands what it achieves: bytes a
+second (weights and KV cache of each step, see `farrier.runtime.bench.traffic`) or floating-point operations a second.
 """
 
 import argparse
@@ -13,52 +16,92 @@ from typing import Any
 
 import numpy as np
 
+from farrier import LLM, SamplingParams
+from farrier.runtime.bench.timed_engine import Step, TimedEngine
+from farrier.runtime.bench.traffic import Traffic
+from farrier.targets.engine import load_engine
+from tests.device.work import floating_point_operations
+
+DECODE = (128, 256)
 TTFT_LENGTHS = (128, 1024, 4096)
 LOADS = ((64, 128, 256), (256, 128, 128), (64, 2048, 128))
+PARTS = ("decode", "ttft", "throughput")
+
+
+class Bench:
+    def __init__(self, engine: TimedEngine, llm: LLM) -> None:
+        self.config = engine.config
+        self._engine = engine
+        self._llm = llm
+        self._rng = np.random.default_rng(0)
+        self._traffic = Traffic(engine.config)
+
+    def run(self, count: int, length: int, tokens: int) -> tuple[float, list[Step]]:
+        """Seconds and steps of so many requests at once."""
+        ids = self._rng.integers(3, self.config.spec.vocab_size, (count, length)).tolist()
+        first, begun = len(self._engine.steps), time.perf_counter()
+        self._llm.generate(
+            [{"prompt_token_ids": row} for row in ids],
+            SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True),
+        )
+        return time.perf_counter() - begun, self._engine.steps[first:]
+
+    def decode(self) -> dict[str, float]:
+        """The first token left out: the difference of two lengths."""
+        length, tokens = DECODE
+        runs = [self.run(1, length, tokens) for _ in range(3)]
+        first = median(self.run(1, length, 1)[0] for _ in range(5))
+        seconds = median(taken for taken, _ in runs) - first
+        moved = sum(map(self._traffic.bytes, runs[0][1][1:]))
+        return {"decode_tok_s": (tokens - 1) / seconds, "decode_bytes_per_s": moved / seconds}
+
+    def first_token(self) -> dict[str, float]:
+        found = {}
+        for length in TTFT_LENGTHS:
+            if length < self.config.ceilings.max_seq_len:
+                self.run(1, length, 1)
+                seconds = median(self.run(1, length, 1)[0] for _ in range(5))
+                found[f"ttft_{length}_ms"] = 1000 * seconds
+                found[f"ttft_{length}_flop_per_s"] = floating_point_operations(self.config, 1, length, 1) / seconds
+        return found
+
+    def throughput(self) -> dict[str, float]:
+        found = {}
+        for count, length, tokens in LOADS:
+            if count <= self.config.ceilings.max_batch_size and length + tokens <= self.config.ceilings.max_seq_len:
+                self.run(count, length, tokens)
+                seconds, steps = min((self.run(count, length, tokens) for _ in range(2)), key=lambda run: run[0])
+                name = f"load_{count}x{length}+{tokens}"
+                found[f"{name}_tok_s"] = count * tokens / seconds
+                found[f"{name}_bytes_per_s"] = sum(map(self._traffic.bytes, steps)) / seconds
+                work = floating_point_operations(self.config, count, length, tokens)
+                found[f"{name}_flop_per_s"] = work / seconds
+        return found
+
+
+def measure(path: Path, parts: list[str]) -> dict[str, Any]:
+    start = time.perf_counter()
+    engine = TimedEngine(load_engine(path))
+    with LLM(engine, enable_prefix_caching=False) as llm:
+        results: dict[str, Any] = {"load_s": time.perf_counter() - start}
+        bench = Bench(engine, llm)
+        bench.run(1, 16, 4)
+        for name, part in zip(PARTS, (bench.decode, bench.first_token, bench.throughput), strict=True):
+            if name in parts:
+                results |= part()
+    return results
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", action="append", choices=("decode", "ttft", "throughput"))
+    parser.add_argument("--only", action="append", choices=PARTS)
     given = parser.parse_args()
-    parts = given.only or ["decode", "ttft", "throughput"]
-    from farrier import LLM, SamplingParams
-
-    results: dict[str, Any] = {"engine": str(given.engine)}
-    start = time.perf_counter()
-    with LLM(given.engine, enable_prefix_caching=False) as llm:
-        results["load_s"] = time.perf_counter() - start
-        rng = np.random.default_rng(0)
-        vocab = llm.config.spec.vocab_size
-
-        def run(count: int, length: int, tokens: int) -> float:
-            prompts = [{"prompt_token_ids": rng.integers(3, vocab, length).tolist()} for _ in range(count)]
-            begun = time.perf_counter()
-            llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
-            return time.perf_counter() - begun
-
-        run(1, 16, 4)
-        results["first_s"] = time.perf_counter() - start
-        if "decode" in parts:
-            # The first token left out: the difference of two lengths.
-            whole = median(run(1, 128, 256) for _ in range(3))
-            first = median(run(1, 128, 1) for _ in range(5))
-            results["decode_tok_s"] = 255 / (whole - first)
-        if "ttft" in parts:
-            for length in TTFT_LENGTHS:
-                if length < llm.config.ceilings.max_seq_len:
-                    run(1, length, 1)
-                    results[f"ttft_{length}_ms"] = 1000 * median(run(1, length, 1) for _ in range(5))
-        if "throughput" in parts:
-            for count, length, tokens in LOADS:
-                if count <= llm.config.ceilings.max_batch_size:
-                    run(count, length, tokens)
-                    seconds = min(run(count, length, tokens) for _ in range(2))
-                    results[f"load_{count}x{length}+{tokens}_tok_s"] = count * tokens / seconds
+    results = measure(given.engine, given.only or list(PARTS))
     for name, value in results.items():
-        print(f"{name}: {value if isinstance(value, str) else format(value, ',.2f')}", flush=True)
+        if not name.endswith("_per_s"):
+            print(f"{name}: {value:,.2f}", flush=True)
     if given.json:
         given.json.write_text(json.dumps(results, indent=1))
     return 0

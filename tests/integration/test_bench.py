@@ -5,7 +5,6 @@ import json
 import socket
 import struct
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -22,13 +21,12 @@ from farrier.targets.detect import detect, select_target
 from farrier.targets.engine import load_engine
 from tests.integration.conftest import RunServer, metric
 from tests.integration.parrot import VOCAB_SIZE, Parrot
+from tests.serving import FARRIER
 from tests.small_llama import save_small_llama
-
-FARRIER = Path(sys.executable).with_name("farrier")
 
 
 def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [str(FARRIER), "bench", *map(str, arguments)]
+    command = [*FARRIER, "bench", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 

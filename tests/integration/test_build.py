@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,10 +30,10 @@ from farrier.targets.errors import (
     InsufficientResourcesError,
 )
 from farrier.targets.hf_weights import map_weights, source_tensors
+from tests.serving import FARRIER
 from tests.small_llama import save_small_llama
 
 PROMPT = list(range(3, 60))
-FARRIER = Path(sys.executable).with_name("farrier")
 NATIVE_BF16 = select_target(detect(), "cpu").cpu.native_bf16
 
 
@@ -232,7 +231,7 @@ def test_disk_that_fills_up_while_building(model: Path, small_disk: Path) -> Non
 def test_killed_build_leaves_no_engine_and_does_not_stand_in_the_way(tmp_path: Path) -> None:
     source = save_small_llama(tmp_path / "model", num_hidden_layers=24, hidden_size=512, intermediate_size=2048)
     out = tmp_path / "engine"
-    process = subprocess.Popen([FARRIER, "build", source, "-o", out], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*FARRIER, "build", source, "-o", out], stderr=subprocess.DEVNULL)
     partial = tmp_path / ".engine.partial"
     while process.poll() is None and not (partial.exists() and any(partial.rglob("rank0.*"))):
         time.sleep(0.001)
@@ -264,7 +263,7 @@ def test_what_does_not_read_back_as_it_was_written_is_found_out(
 
 
 def test_two_builds_of_one_engine_at_once(model: Path, tmp_path: Path) -> None:
-    command = [FARRIER, "build", model, "-o", tmp_path / "engine"]
+    command = [*FARRIER, "build", model, "-o", tmp_path / "engine"]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
@@ -307,9 +306,9 @@ class TestEnginesThatDoNotFit:
         assert caught.value.field == field
 
     def test_inspect_names_the_field(self, engine: Path) -> None:
-        assert subprocess.run([FARRIER, "inspect", engine], capture_output=True).returncode == 0
+        assert subprocess.run([*FARRIER, "inspect", engine], capture_output=True).returncode == 0
         self.rewrite(engine, architecture="sparc")
-        done = subprocess.run([FARRIER, "inspect", engine], capture_output=True, text=True)
+        done = subprocess.run([*FARRIER, "inspect", engine], capture_output=True, text=True)
         assert done.returncode == 1
         assert "architecture" in done.stdout
         assert "sparc" in done.stdout
@@ -326,7 +325,7 @@ class TestEnginesThatDoNotFit:
             load_engine(engine)
 
     def test_command_prints_one_sentence(self, engine: Path) -> None:
-        done = subprocess.run([FARRIER, "serve", engine.parent / "nothing"], capture_output=True, text=True)
+        done = subprocess.run([*FARRIER, "serve", engine.parent / "nothing"], capture_output=True, text=True)
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1

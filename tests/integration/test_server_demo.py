@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from tests.integration.test_server_process import FARRIER, client_of, serving
+from tests.serving import FARRIER, client_of, serving
 
 STATUS = {
     "type": "function",
@@ -33,7 +33,7 @@ PUMP: dict[str, Any] = {"role": "user", "content": "What is the status of pump-3
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     engine: Path = tmp_path_factory.mktemp("demo") / "engine"
-    subprocess.run([str(FARRIER), "build", "demo", "-o", str(engine)], check=True, capture_output=True)
+    subprocess.run([*FARRIER, "build", "demo", "-o", str(engine)], check=True, capture_output=True)
     with serving(engine) as (_, address):
         yield address
 

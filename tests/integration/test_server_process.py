@@ -1,14 +1,10 @@
 """`farrier serve` as a process: a real engine, real signals."""
 
 import json
-import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +15,9 @@ import pytest
 from farrier.targets.build import BuildOptions, build
 from farrier.targets.detect import detect, select_target
 from tests.integration.conftest import wait_until
+from tests.serving import FARRIER, client_of, serving
 from tests.small_llama import save_small_llama
 
-FARRIER = Path(sys.executable).with_name("farrier")
 LONG = {"model": "small", "prompt": "abc", "max_tokens": 4000, "temperature": 0, "extra_body": {"ignore_eos": True}}
 
 
@@ -34,25 +30,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer_folder: Path
     options = BuildOptions(max_seq_len=4096)
     build(folder / "small", folder / "engine", select_target(detect(), "cpu"), options)
     return folder / "engine"
-
-
-@contextmanager
-def serving(engine: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and its URL, once it is ready."""
-    command = [str(FARRIER), "serve", str(engine), "--port", "0", "--kv-blocks", "2000", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
-        assert found, process.communicate()
-        yield process, found[0]
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def client_of(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
@@ -69,7 +46,7 @@ def test_it_serves_until_told_to_stop(engine: Path, stop: signal.Signals) -> Non
 
 def test_the_printed_command_works(engine: Path) -> None:
     process = subprocess.Popen(
-        [str(FARRIER), "serve", str(engine), "--port", "0"],
+        [*FARRIER, "serve", str(engine), "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -122,7 +99,7 @@ def test_a_second_signal_ends_it_at_once(engine: Path) -> None:
 
 
 def failure(*arguments: str) -> str:
-    process = subprocess.run([str(FARRIER), "serve", *arguments], capture_output=True, text=True)
+    process = subprocess.run([*FARRIER, "serve", *arguments], capture_output=True, text=True)
     assert process.returncode != 0
     assert "Traceback" not in process.stderr
     return process.stderr

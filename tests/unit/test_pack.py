@@ -1,6 +1,8 @@
 """What stands in an engine file, and in which order."""
 
 from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ import pytest
 from farrier.targets.bfloat16 import to_bfloat16
 from farrier.targets.decoder import DecoderSpec, ExpertSpec, LayerSpec, RopeSpec
 from farrier.targets.errors import BuildError
-from farrier.targets.openvino.pack import EXPERT_PARTS, packed_bytes, write_engine_file
-from farrier.targets.packing import Packed, plan
+from farrier.targets.openvino.pack import EXPERT_PARTS, write_engine_file
+from farrier.targets.packing import Packed, packed_bytes, plan
+from farrier.targets.quantize import pack_int4
 from farrier.targets.tensorfile import Tensor, TensorFile
 
 
@@ -130,3 +133,19 @@ def test_file_holds_what_was_planned(tmp_path) -> None:
     for item in items:
         np.testing.assert_array_equal(file.tensors[item.name].array, value(item, tensors))
     file.close()
+
+
+def test_int4_is_stored_as_each_backend_reads_it(tmp_path: Path) -> None:
+    levels = np.arange(-8, 8, dtype=np.int8).reshape(1, 16)
+    stored = pack_int4(levels.view(np.uint8))
+    item, tensors = Packed("w.weight", "U8", stored.shape, ("w.weight",)), {"w.weight": Tensor("U8", stored)}
+    write_engine_file(tmp_path / "engine", [item], tensors, None)
+    with closing(TensorFile.open(tmp_path / "engine")) as file:
+        on_cpu = file.tensors["w.weight"].array.copy()
+    np.testing.assert_array_equal(np.stack([on_cpu & 15, on_cpu >> 4], -1).reshape(1, 16), levels + 8)
+    pytest.importorskip("triton")
+    from farrier.plugins import gemv
+    from farrier.targets.cuda.pack import Item, item_values
+
+    on_gpu = item_values(Item(item.name, item.dtype, item.shape, item), tensors)
+    np.testing.assert_array_equal(on_gpu, gemv.pack_int4(levels))
