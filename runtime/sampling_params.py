@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from farrier.targets.errors import RequestError
 
 MAX_LOGPROBS = 20
+MAX_BIASES = 512
+"""Tokens a request may weigh, and stop at: engines keep room for so many."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class SamplingParams:
             "logit_bias",
             "between -100 and 100",
         )
+        self._check(len(self.logit_bias) <= MAX_BIASES, "logit_bias", f"of {MAX_BIASES} tokens at most")
+        self._check(len(self.stop_token_ids) <= MAX_BIASES, "stop_token_ids", f"at most {MAX_BIASES}")
         self._check(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
 
     @property

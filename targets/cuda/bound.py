@@ -23,7 +23,8 @@ class BoundStep:
             self._launch: PreparedLaunch | None = PreparedLaunch(kernels[step.kernel], step.grid, arguments)
         else:
             self._launch = None
-            self._operands = arrays[step.x], arrays[step.weight], step.bias and arrays[step.bias], arrays[step.out]
+            bias = None if step.bias is None else arrays[step.bias]
+            self._operands = arrays[step.x], arrays[step.weight], bias, arrays[step.out]
 
     @staticmethod
     def _argument(argument: Any, arrays: Mapping[str, Array]) -> Any:

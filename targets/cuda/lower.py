@@ -20,7 +20,7 @@ from farrier.plugins.rope import RopeAppend
 from farrier.plugins.routing import Align, Combine, TopK
 from farrier.plugins.sampling import Adjust, Greedy, padded_vocab
 from farrier.plugins.weight_form import TMA_CAPABILITY, GemmTile, WeightForm
-from farrier.targets.cuda.plan import Buffer, Extent, Launch, Multiply, Program, Size, Step, Type
+from farrier.targets.cuda.plan import Activation, Buffer, Extent, Float, Launch, Multiply, Program, Size, Step, Type
 from farrier.targets.cuda.products import GEMV_ROWS, Choice, Epilogue, Format, Product, Tactics
 from farrier.targets.decoder import DecoderSpec, LayerSpec
 from farrier.targets.engine import Ceilings
@@ -60,7 +60,7 @@ class Settings:
     """What was decided before lowering; `capability` as in `sm_90`."""
 
     capability: int
-    activation: Type
+    activation: Activation
     kv_type: Type
     block_size: int
     ceilings: Ceilings
@@ -112,7 +112,7 @@ class Chooses(Protocol):
 
 
 class _Lowering:
-    def __init__(self, spec: DecoderSpec, weights: Mapping[str, Shaped], settings: Settings, tactics: Tactics) -> None:
+    def __init__(self, spec: DecoderSpec, weights: Mapping[str, Shaped], settings: Settings, tactics: Chooses) -> None:
         self.spec = spec
         self.weights = weights
         self.settings = settings
@@ -390,10 +390,11 @@ class _Lowering:
             normed=norm is not None,
             bias=name + ".bias" in self.weights,
             softcap=softcap,
-            out_type=self._buffers[out].type,
+            out_type=_float(self._buffers[out].type),
         )
         choice = self.tactics.choose(product, rows.count, decode=rows.kind == "decode")
-        self._products[product.key(rows.count)] = (product, rows.count, rows.kind == "decode")
+        decode = rows.kind == "decode"
+        self._products[product.key(rows.count, decode=decode)] = (product, rows.count, decode)
         operands = self._operands(name)
         if isinstance(choice, GemvTile):
             self._stream(product, choice, rows, x, norm, operands, out)
@@ -595,6 +596,12 @@ class _Rows:
     count: int
     context: int
     picked: str | None = None
+
+
+def _float(type_: Type) -> Float:
+    if type_ == "bf16" or type_ == "fp16" or type_ == "fp32":
+        return type_
+    raise ValueError(f"No product puts out {type_}.")
 
 
 def _float_type(tensor: Shaped) -> str:

@@ -31,6 +31,8 @@ class Item:
     shape: tuple[int, ...]
     packed: Packed | None = None
     values: npt.NDArray[Any] | None = None
+    repeats: int = 1
+    """How often each of a row's scales or zero points is repeated."""
 
     @property
     def size(self) -> int:
@@ -48,11 +50,21 @@ def items(spec: DecoderSpec, tensors: Mapping[str, Tensor], activation: str, max
             dtype = _SAFETENSORS_TYPES[activation]
         if ".experts." in packed.name:
             shape = (shape[0] * shape[1], *shape[2:])
-        result.append(Item(packed.name, dtype, shape, packed))
+        repeats = 1
+        if packed.name.endswith((".scale", ".zero")) and len(shape) == 2:
+            repeats = _repeats(tensors[packed.sources[0].rpartition(".")[0] + ".weight"], shape[1])
+            shape = (shape[0], shape[1] * repeats)
+        result.append(Item(packed.name, dtype, shape, packed, repeats=repeats))
     for index, rope in enumerate(spec.ropes):
         for name, table in zip(("cos", "sin"), rope.tables(max_seq_len), strict=True):
             result.append(Item(f"rope.{index}.{name}", "F32", table.shape, values=table))
     return result
+
+
+def _repeats(weight: Tensor, groups: int) -> int:
+    """By how much smaller groups have to be for the kernels, which take powers of two."""
+    size = weight.shape[-1] * (2 if weight.dtype == "U8" else 1) // groups
+    return size // (size & -size)
 
 
 def blob(name: str, content: bytes) -> Item:
@@ -88,7 +100,8 @@ def _chunks(item: Item, tensors: Mapping[str, Tensor]) -> Iterator[npt.NDArray[A
         return
     is_int4 = item.dtype == "U8"
     for chunk in item.packed.chunks(tensors):
-        yield repack_int4(chunk) if is_int4 else _converted(chunk, item.packed.dtype, item.dtype)
+        stored = repack_int4(chunk) if is_int4 else _converted(chunk, item.packed.dtype, item.dtype)
+        yield stored if item.repeats == 1 else np.repeat(stored, item.repeats, axis=-1)
 
 
 def _converted(values: npt.NDArray[Any], have: str, want: str) -> npt.NDArray[Any]:

@@ -16,6 +16,8 @@ Extent = int | tuple[Size, int, int]
 """A grid's dimension: a number, or (size, block, factor): ceil(size / block) · factor."""
 
 Type = Literal["bf16", "fp16", "fp32", "fp64", "fp8e4nv", "i8", "u8", "i32", "u32", "i64"]
+Activation = Literal["bf16", "fp16"]
+Float = Literal["bf16", "fp16", "fp32"]
 TYPE_BYTES: dict[Type, int] = {
     "bf16": 2,
     "fp16": 2,
@@ -107,7 +109,7 @@ class Plan:
     """`tile_rows`: query tokens in a tile of prefill attention. `swept`: tactics were measured on a device."""
 
     capability: int
-    activation: Type
+    activation: Activation
     kv_type: Type
     tile_rows: int
     swept: bool

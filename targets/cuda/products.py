@@ -9,7 +9,7 @@ from farrier.plugins import gemv
 from farrier.plugins.gemm_tiles import gemm_tiles
 from farrier.plugins.gemv import GemvTile
 from farrier.plugins.weight_form import GemmTile, WeightForm
-from farrier.targets.cuda.plan import Type
+from farrier.targets.cuda.plan import Activation, Float
 from farrier.targets.safetensors_file import DTYPE_SIZES
 
 Format = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
@@ -48,7 +48,7 @@ class Product:
     normed: bool
     bias: bool
     softcap: float | None
-    out_type: Type
+    out_type: Float
 
     @property
     def columns(self) -> int:
@@ -80,23 +80,23 @@ class Product:
             parts[name + ".bias"] = Operand("F32", (self.n,))
         return parts
 
-    def form(self, activation: Type) -> WeightForm:
+    def form(self, activation: Activation) -> WeightForm:
         """How our matrix kernel takes it: fp8 weights meet fp8 activations, quantized row by row."""
-        x_type = "fp8e4nv" if self.quantizes_x else activation
-        return WeightForm(self.weight, x_type, self.group_size or 0, self.zeros)
+        return WeightForm(self.weight, "fp8e4nv" if self.quantizes_x else activation, self.group_size or 0, self.zeros)
 
-    def key(self, rows: int) -> str:
-        """Names this product at so many rows in `model.cache`."""
+    def key(self, rows: int, *, decode: bool) -> str:
+        """Names this product in `model.cache`, at exactly (`decode`) or up to so many rows."""
+        bound = "" if decode else "<="
         group = f"g{self.group_size}" if self.group_size else ""
         flags = "".join(name[0] for name in ("normed", "bias", "zeros") if getattr(self, name))
-        return f"{rows}x{self.n}x{self.k}-{self.weight}{group}-{self.epilogue}-{self.out_type}{flags}"
+        return f"{bound}{rows}x{self.n}x{self.k}-{self.weight}{group}-{self.epilogue}-{self.out_type}{flags}"
 
 
 class Tactics:
     """Choices: what a sweep measured to be fastest where it did, else defaults."""
 
     def __init__(
-        self, capability: int, activation: Type, *, deterministic: bool, swept: Mapping[str, Choice] | None = None
+        self, capability: int, activation: Activation, *, deterministic: bool, swept: Mapping[str, Choice] | None = None
     ) -> None:
         self._capability = capability
         self._activation = activation
@@ -108,7 +108,7 @@ class Tactics:
         if self._deterministic:
             # One kernel and tile for any number of rows: then no row's result depends on the others.
             return self._matrix(product, 64)[0]
-        swept = self._swept.get(product.key(rows))
+        swept = self._swept.get(product.key(rows, decode=decode))
         return swept if swept is not None else self.candidates(product, rows, decode=decode)[0]
 
     def candidates(self, product: Product, rows: int, *, decode: bool) -> list[Choice]:

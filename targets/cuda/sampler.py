@@ -16,7 +16,7 @@ from farrier.targets.sampling import uniforms
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
-"""Logit biases of a row, on average over the rows that may run."""
+"""Of a row: its logit biases, and the stop tokens that min_tokens holds back."""
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _NUMBERS = ("top_k", "num_logprobs", "history_starts", "output_starts", "bias_starts")
