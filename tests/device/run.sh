@@ -12,18 +12,20 @@
 #   PYTHON   python3
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-steps=(kernels parity serve build accuracy bench ceilings llama-1b-bf16 llama-8b-bf16 llama-8b-fp8 llama-8b-int8 llama-8b-int4)
-declare -A seconds_of=([kernels]=560 [parity]=200 [serve]=150 [build]=90 [accuracy]=60 [bench]=60 [ceilings]=45)
+steps=(kernels parity faults serve build accuracy bench ceilings llama-1b-bf16 llama-8b-bf16 llama-8b-fp8 llama-8b-int8 llama-8b-int4)
+declare -A seconds_of=([kernels]=560 [parity]=200 [faults]=150 [serve]=150 [build]=90 [accuracy]=60 [bench]=60 [ceilings]=45)
 engine_seconds=150
 
 farrier() { "$PYTHON" -m farrier.agent.cli "$@"; }
 test_with() { "$PYTHON" -m pytest -q -p no:cacheprovider "$@"; }
+several() { "$PYTHON" -c 'import xdist' 2>/dev/null && echo -n 6; }
 demo() { [ -d "$WORK/demo" ] || farrier build demo -o "$WORK/demo"; }
 
 run_step() {
     case $1 in
         kernels) FARRIER_DEVICE=1 test_with tests/kernels ;;
-        parity) test_with tests/device --ignore tests/device/test_serve.py ;;
+        parity) test_with $(several) tests/device --ignore tests/device/test_serve.py --ignore tests/device/test_faults.py ;;
+        faults) test_with tests/device/test_faults.py ;;
         serve) test_with tests/device/test_serve.py ;;
         build) rm -rf "$WORK/demo" && demo && farrier inspect "$WORK/demo" ;;
         accuracy) demo && "$PYTHON" tests/device/accuracy.py "$WORK/demo" --json "$PIECES/accuracy.json" ;;
