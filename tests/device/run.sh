@@ -18,7 +18,7 @@ engine_seconds=150
 
 farrier() { "$PYTHON" -m farrier.agent.cli "$@"; }
 test_with() { "$PYTHON" -m pytest -q -p no:cacheprovider "$@"; }
-several() { "$PYTHON" -c 'import xdist' 2>/dev/null && echo -n 6; }
+several() { "$PYTHON" -c 'import xdist' 2>/dev/null && printf '%s' '-n 6'; }
 demo() { [ -d "$WORK/demo" ] || farrier build demo -o "$WORK/demo"; }
 
 run_step() {
