@@ -17,7 +17,7 @@ declare -A seconds_of=([kernels]=560 [parity]=200 [faults]=150 [serve]=150 [buil
 engine_seconds=150
 
 farrier() { "$PYTHON" -m farrier.agent.cli "$@"; }
-test_with() { "$PYTHON" -m pytest -q -p no:cacheprovider "$@"; }
+test_with() { "$PYTHON" -m pytest -q -p no:cacheprovider -p no:benchmark "$@"; }
 several() { "$PYTHON" -c 'import xdist' 2>/dev/null && printf '%s' '-n 6'; }
 demo() { [ -d "$WORK/demo" ] || farrier build demo -o "$WORK/demo"; }
 
