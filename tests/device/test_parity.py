@@ -72,9 +72,7 @@ def test_logits(family: str, precision: str, tmp_path: Path) -> None:
 def test_mixed_requests_equal_each_alone(family: str, tmp_path: Path) -> None:
     """64 requests with chunks, shared prefixes and preemptions, token by token against each alone."""
     save_tiny(family, tmp_path / "model")
-    options = BuildOptions(
-        precision="bf16", max_batch_size=16, max_num_tokens=64, max_seq_len=256, deterministic=True
-    )
+    options = BuildOptions(precision="bf16", max_batch_size=16, max_num_tokens=64, max_seq_len=256, deterministic=True)
     build(tmp_path / "model", tmp_path / "engine", select_target(detect(), "auto"), options)
     rng = np.random.default_rng(5)
     shared = prompt(9, 70)
