@@ -14,9 +14,12 @@ up: $(VENV)/.installed
 	@$(BIN)/farrier build demo -o $(ENGINE)
 	@exec $(BIN)/farrier serve $(ENGINE) --port $(PORT)
 
-# Tests and linters run against the installed package, not against the sources.
+# Tests and linters run against the installed package, not against the sources. Kernels run in a process of their own:
+# Triton's interpreter has to be chosen before Triton is imported.
 test: lint
-	$(BIN)/pytest --cov --cov-report= tests/integration
+	$(BIN)/pytest --cov --cov-report= tests/kernels
+	$(BIN)/pytest --cov --cov-append --cov-report= tests/compile
+	$(BIN)/pytest --cov --cov-append --cov-report= tests/integration
 	$(BIN)/pytest --cov --cov-append --cov-report=term tests/unit
 
 lint: $(VENV)/.dev $(VENV)/.installed

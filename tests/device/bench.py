@@ -40,11 +40,15 @@ class Bench:
         """Seconds and steps of so many requests at once."""
         ids = self._rng.integers(3, self.config.spec.vocab_size, (count, length)).tolist()
         first, begun = len(self._engine.steps), time.perf_counter()
-        self._llm.generate(
+        results = self._llm.generate(
             [{"prompt_token_ids": row} for row in ids],
             SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True),
         )
-        return time.perf_counter() - begun, self._engine.steps[first:]
+        seconds = time.perf_counter() - begun
+        for output in (result.outputs[0] for result in results):
+            if len(output.token_ids) != tokens:
+                raise output.error or RuntimeError(f"{len(output.token_ids)} tokens instead of {tokens}.")
+        return seconds, self._engine.steps[first:]
 
     def decode(self) -> dict[str, float]:
         """The first token left out: the difference of two lengths."""

@@ -1,8 +1,10 @@
-"""`farrier serve` whose engine, once SIGUSR1 came, runs a kernel before its next step that writes where nothing is.
+"""`farrier serve` whose engine runs a kernel that writes where nothing is: before its next step once SIGUSR1 came, or
+before the step that FAULT_AT_STEP counts.
 
 python tests/device/faulty_server.py ENGINE OPTIONS OF farrier serve...
 """
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -39,12 +41,14 @@ class Sabotaged:
         loaded = LoadedKernel(described(compiled), compiled.cubin)
         self._wild = PreparedLaunch(loaded, (1, 1, 1), [Array(NOWHERE, "i32", (1,))])
         self.armed = False
+        self._left = int(os.environ.get("FAULT_AT_STEP", "-1"))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     def step(self, batch: Any) -> Any:
-        if self.armed:
+        self._left -= 1
+        if self.armed or self._left == 0:
             self.armed = False
             self._wild.launch({}, self._engine._stream)
         return self._engine.step(batch)
