@@ -6,7 +6,8 @@ from pathlib import Path
 from farrier.targets.backend import Choices, Progress
 from farrier.targets.cuda.backend import BLOCK_SIZE, ENGINE_FILE, KV_TYPES
 from farrier.targets.cuda.compile import compile_all, described
-from farrier.targets.cuda.lower import Settings, Shaped, lower
+from farrier.targets.cuda.emitter import Settings, Shaped
+from farrier.targets.cuda.lower import lower
 from farrier.targets.cuda.pack import Item, blob, items, write_engine_file
 from farrier.targets.cuda.plan import KERNEL_PREFIX, PLAN, PLAN_TENSOR, Plan
 from farrier.targets.cuda.products import Tactics

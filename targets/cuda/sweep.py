@@ -13,8 +13,9 @@ from farrier.targets.backend import Progress
 from farrier.targets.cuda.bound import BoundStep, rows_of
 from farrier.targets.cuda.compile import compile_all, described
 from farrier.targets.cuda.device import Array, DeviceMemory, LoadedKernel, check, farrier_errors, open_device
+from farrier.targets.cuda.emitter import Settings
 from farrier.targets.cuda.library import Library
-from farrier.targets.cuda.lower import Settings, lower_product
+from farrier.targets.cuda.lower import lower_product
 from farrier.targets.cuda.plan import TYPE_BYTES, Step
 from farrier.targets.cuda.products import Product, Tactics
 from farrier.targets.cuda.timings import Timings, spelled

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from farrier.targets.cuda.backend import ENGINE_FILE
 from farrier.targets.cuda.builder import Stages, code, measured
+from farrier.targets.cuda.emitter import Settings
 from farrier.targets.cuda.engine_file import open_engine_file, plan_of, weights_of
-from farrier.targets.cuda.lower import Settings
 from farrier.targets.cuda.pack import Item, write_engine_file
 from farrier.targets.cuda.plan import Plan
 from farrier.targets.cuda.timings import Timings, write_timings

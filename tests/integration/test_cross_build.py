@@ -13,8 +13,9 @@ from safetensors.numpy import save_file
 from farrier.agent.commands.choices import demo_model
 from farrier.targets.build import BuildOptions, Built, build
 from farrier.targets.cuda.backend import ENGINE_FILE, CudaBackend
+from farrier.targets.cuda.emitter import Settings
 from farrier.targets.cuda.engine_file import open_engine_file, plan_of, weights_of
-from farrier.targets.cuda.lower import Settings, lower
+from farrier.targets.cuda.lower import lower
 from farrier.targets.cuda.plan import KERNEL_PREFIX, Multiply, Plan
 from farrier.targets.cuda.products import Tactics
 from farrier.targets.cuda.timings import Timings, read_timings, spelled

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from farrier.targets.bfloat16 import from_bfloat16, to_bfloat16
+from farrier.targets.cuda.emitter import Settings
 from farrier.targets.cuda.inputs import decode_layout, fill_decode, fill_mixed, mixed_layout
-from farrier.targets.cuda.lower import Lowered, Settings
+from farrier.targets.cuda.lower import Lowered
 from farrier.targets.cuda.plan import Launch, Multiply, Program
 from farrier.targets.decoder import DecoderSpec
 from farrier.targets.engine import Batch

@@ -10,7 +10,8 @@ from farrier.plugins.gemv import GemvTile
 from farrier.targets.checkpoint import WEIGHTS_FILE, CheckpointReader
 from farrier.targets.convert import convert
 from farrier.targets.cuda.backend import BLOCK_SIZE
-from farrier.targets.cuda.lower import Settings, lower
+from farrier.targets.cuda.emitter import Settings
+from farrier.targets.cuda.lower import lower
 from farrier.targets.cuda.pack import item_values, items
 from farrier.targets.cuda.products import Choice, Product, Tactics
 from farrier.targets.engine import Ceilings
