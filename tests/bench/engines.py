@@ -10,6 +10,8 @@ from model import write_model
 
 CACHE = Path(".farrier/bench")
 MAX_SEQ_LEN = 1024
+OVERRIDES = {"int4": {"lm_head": "int4"}}
+"""Its peer's output layer has four bits, too; by default ours has eight."""
 
 
 def engine(precision: str, *, max_batch_size: int = 16) -> Path:
@@ -18,7 +20,12 @@ def engine(precision: str, *, max_batch_size: int = 16) -> Path:
 
     write_model(CACHE / "model")
     options = BuildOptions(
-        name=precision, precision=precision, max_batch_size=max_batch_size, max_num_tokens=512, max_seq_len=MAX_SEQ_LEN
+        name=precision,
+        precision=precision,
+        overrides=OVERRIDES.get(precision, {}),
+        max_batch_size=max_batch_size,
+        max_num_tokens=512,
+        max_seq_len=MAX_SEQ_LEN,
     )
     out = CACHE / (precision if max_batch_size == 16 else f"{precision}-{max_batch_size}")
     build(CACHE / "model", out, select_target(detect(), "cpu"), options)
