@@ -11,7 +11,7 @@ from farrier.runtime.scheduler import Schedule
 from farrier.targets.engine import Batch, Float32, Int32, RowLogprobs, SamplingArrays
 
 _ALL_ALLOWED = 0xFFFFFFFF
-_NO_IDS = np.empty(0, np.int32)
+_NO_IDS: Int32 = np.empty(0, np.int32)
 
 
 class BatchPacker:
@@ -111,7 +111,7 @@ class _Constants:
         self.frequency_penalty = np.array([p.frequency_penalty for p in params], np.float32)
         self.seed = np.array([sequence.seed for sequence in sampled], np.uint64)
         self.num_logprobs = np.array([-1 if p.logprobs is None else p.logprobs for p in params], np.int32)
-        self.zeros = np.zeros(len(sampled) + 1, np.int32)
+        self.zeros: Int32 = np.zeros(len(sampled) + 1, np.int32)
         self.any_guide = any(sequence.guide is not None for sequence in sampled)
         self.any_penalty = any(sequence.params.has_penalty for sequence in sampled)
         self.prompt_lens = np.array([s.num_prompt_tokens if s.params.has_penalty else 0 for s in sampled], np.int32)

@@ -112,9 +112,10 @@ class Gptq:
         words, scale = _words(parts["qweight"]), _floats(parts["scales"]).T
         stored = _numbers(_words(parts["qzeros"]), np.arange(0, 32, self.bits), self.bits).T
         # Zero points wrap around: 0 was stored as the largest number.
-        zero: Int8 | None = _signed(stored + np.uint8(self.zero_offset), self.bits)
+        zeros = _signed(stored + np.uint8(self.zero_offset), self.bits)
+        zero: Int8 | None = zeros
         if self.symmetric:
-            if np.any(zero):
+            if zeros.any():
                 raise CheckpointError(
                     f"the weight '{name}' has zero points, though 'sym' in config.json's quantization_config says that"
                     " it has none; set it to false if they are meant"

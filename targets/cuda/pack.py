@@ -90,7 +90,8 @@ def write_engine_file(
 
 def item_values(item: Item, tensors: Mapping[str, Tensor]) -> npt.NDArray[Any]:
     """All of it, as the engine file holds it."""
-    return np.concatenate([chunk.reshape(-1) for chunk in _chunks(item, tensors)]).reshape(item.shape)
+    whole = np.concatenate([chunk.reshape(-1) for chunk in _chunks(item, tensors)])
+    return np.reshape(whole, item.shape)
 
 
 def _chunks(item: Item, tensors: Mapping[str, Tensor]) -> Iterator[npt.NDArray[Any]]:
