@@ -7,9 +7,6 @@ sequence. `PrefillAttention` takes ragged chunks, decode rows among them, after 
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
-
 from farrier.plugins.attention_kernel import decode_attention, prefill_attention
 from farrier.plugins.kernel import KernelSource, PerRows, Variant
 from farrier.plugins.rope import BLOCK_SIZE, padded, rotation_vector
@@ -277,17 +274,6 @@ class PrefillAttention(Variant):
             num_stages=self.stages,
             pdl=self.pdl,
         )
-
-
-def tiles(query_starts: npt.NDArray[np.int32], block_q: int) -> npt.NDArray[np.int32]:
-    """`[n, 2]`: sequence and first row in it of every tile of at most `block_q` query tokens; a sequence's last tiles,
-    which attend to the most tokens, come first."""
-    counts = -(-np.diff(query_starts) // block_q)
-    ends = np.cumsum(counts)
-    found = np.empty((int(ends[-1]), 2), np.int32)
-    found[:, 0] = np.repeat(np.arange(len(counts)), counts)
-    found[:, 1] = (np.arange(len(found)) - np.repeat(ends - counts, counts)) * block_q
-    return np.ascontiguousarray(found[::-1])
 
 
 def _check_block_t(block_t: int) -> None:

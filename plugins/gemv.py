@@ -11,7 +11,6 @@ from farrier.plugins.gemv_kernel import gemv
 from farrier.plugins.kernel import WARP_SIZE, KernelSource, PerRows, Variant
 
 MOST_ROWS = 8
-FP8_CAPABILITY = 89
 _BITS = {"bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}
 _MOST_CANDIDATES = 20
 _FEWEST_PROGRAMS = 128

@@ -6,14 +6,13 @@ from contextlib import closing
 from pathlib import Path
 
 from farrier.targets.backend import Choices, Progress
-from farrier.targets.checkpoint import WEIGHTS_FILE, CheckpointReader
+from farrier.targets.checkpoint import CheckpointReader
 from farrier.targets.cuda.engine_file import open_engine_file, plan_of
 from farrier.targets.cuda.plan import TYPE_BYTES, Type
 from farrier.targets.decoder import DecoderSpec
 from farrier.targets.engine import ENGINE_ABI, Engine, EngineConfig, Fingerprint, KvDtype
 from farrier.targets.errors import BuildError, TargetError
 from farrier.targets.target import Target, sm_name
-from farrier.targets.tensorfile import TensorFile
 
 BLOCK_SIZE = 32
 ENGINE_FILE = "rank0.engine"
@@ -59,16 +58,14 @@ class CudaBackend:
     def packed_bytes(self, checkpoint: CheckpointReader) -> int:
         from farrier.targets.cuda.pack import items
 
-        with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as weights:
-            return sum(item.size for item in items(checkpoint.spec, weights.tensors, "bf16", 0))
+        return sum(item.size for item in items(checkpoint.spec, checkpoint.tensors, "bf16", 0))
 
     def pack(
         self, checkpoint: CheckpointReader, directory: Path, choices: Choices, stages: Callable[[str], Progress]
     ) -> None:
         from farrier.targets.cuda.builder import write_engine  # Triton is needed only from here on
 
-        with closing(TensorFile.open(checkpoint.path / WEIGHTS_FILE)) as weights:
-            write_engine(directory, checkpoint.spec, weights.tensors, choices, stages)
+        write_engine(directory, checkpoint.spec, checkpoint.tensors, choices, stages)
 
     def details(self, directory: Path) -> dict[str, str | int | bool]:
         with closing(open_engine_file(directory / ENGINE_FILE)) as file:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from farrier.plugins.tiles import attention_tiles
 from farrier.targets.cuda.device import Array
 from farrier.targets.engine import Batch, Ceilings, Int32
 
@@ -92,21 +93,11 @@ def fill_decode(place: Mapping[str, Int32], batch: Batch, rows: int) -> int:
 
 def fill_mixed(place: Mapping[str, Int32], batch: Batch, block_size: int, tile_rows: int) -> tuple[int, int]:
     """Writes any batch. Returns how many block ids and attention tiles there are."""
-    lengths = np.diff(batch.query_starts)
     for name in ("token_ids", "positions", "query_starts", "context_lens", "block_starts", "sample_rows", "block_ids"):
         values = getattr(batch, name)
         place[name][: len(values)] = values
-    pages = np.repeat(batch.block_starts[:-1], lengths) + batch.positions // block_size
+    pages = np.repeat(batch.block_starts[:-1], np.diff(batch.query_starts)) + batch.positions // block_size
     place["slots"][: batch.num_tokens] = batch.block_ids[pages] * block_size + batch.positions % block_size
-    tiles = attention_tiles(lengths, tile_rows)
+    tiles = attention_tiles(batch.query_starts, tile_rows)
     place["tiles"][: tiles.size] = tiles.reshape(-1)
     return len(batch.block_ids), len(tiles)
-
-
-def attention_tiles(lengths: Int32, tile_rows: int) -> Int32:
-    """`[n, 2]`: sequence and first of its rows of each tile; the last ones, which attend to most, come first."""
-    counts = -(-lengths // tile_rows)
-    sequences = np.repeat(np.arange(len(lengths), dtype=np.int32), counts)
-    ends = np.cumsum(counts)
-    first = (np.arange(len(sequences), dtype=np.int32) - np.repeat(ends - counts, counts)) * tile_rows
-    return np.ascontiguousarray(np.stack([sequences, first.astype(np.int32)], axis=1)[::-1])

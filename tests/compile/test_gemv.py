@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import triton
 
-from farrier.plugins.gemv import FP8_CAPABILITY, Gemv, GemvTile, candidates
+from farrier.plugins.gemv import Gemv, GemvTile, candidates
 from farrier.plugins.kernel import PDL_CAPABILITY, compile_kernel
+from farrier.plugins.weight_form import FP8_CAPABILITY
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 UNTILED = GemvTile(1, 1, 1, 1)

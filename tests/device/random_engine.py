@@ -7,7 +7,6 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +144,7 @@ def write_random_engine(
         kv_bytes_per_block=backend.kv_bytes_per_block(spec, kv),
         farrier_version=__version__,
     )
-    write_config(out, replace(config))
+    write_config(out, config)
 
 
 def main() -> int:

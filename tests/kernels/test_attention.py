@@ -3,8 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from farrier.plugins.attention import AttentionShape, DecodeAttention, PrefillAttention, tiles
+from farrier.plugins.attention import AttentionShape, DecodeAttention, PrefillAttention
 from farrier.plugins.reference import attention as reference
+from farrier.plugins.tiles import attention_tiles
 from tests.kernels.conftest import ON_DEVICE
 from tests.kernels.paged import TYPES, pool, rotary_tables
 
@@ -149,7 +150,7 @@ def prefill(run, variant, contexts, lengths, seed=0):
 
 
 def attend(run, variant, q, pages, starts, contexts):
-    found = tiles(starts, variant.block_q)
+    found = attention_tiles(starts, variant.block_q)
     out = TYPES[variant.shape.act_type][0](np.full(q.shape, 7.0))
     tables = (found, starts, contexts, pages.block_ids, pages.block_starts)
     run(variant.source(), variant.grid(len(found)), q, pages.keys, pages.values, *tables, out)
@@ -246,7 +247,7 @@ def test_prefill_candidates(run, options, head_dim):
 
 def test_tiles_cover_every_row_once():
     starts = np.array([0, 1, 1, 40, 72], np.int32)
-    found = tiles(starts, 16)
+    found = attention_tiles(starts, 16)
     expected = [(3, 16), (3, 0), (2, 32), (2, 16), (2, 0), (0, 0)]
     assert found.dtype == np.int32
     assert [tuple(row) for row in found] == expected
